@@ -1,0 +1,1 @@
+from slotmamba.config.schema import Recipe

@@ -1,0 +1,273 @@
+"""The recipe: one typed object that says everything about a run.
+
+Every field carries its documentation in ``description``: `slotmamba --help` texts and docs/recipes.md are made from
+it. Unknown keys and wrong types are refused by pydantic, impossible combinations by the validators below; all of them
+raise ``pydantic.ValidationError``, a ``ValueError``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A group of recipe keys: unknown keys are errors, values are not changed after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BDLRUConfig(Section):
+    block_size: int = Field(4, ge=1, le=64, description="Channels that one block of the linear recurrence mixes (m).")
+
+
+class SSMConfig(Section):
+    state_size: int = Field(64, ge=1, description="State channels of each Mamba-2 head of the encoder (N).")
+    head_dim: int = Field(32, ge=1, description="Channels of each Mamba-2 head of the encoder (P).")
+    expand: int = Field(2, ge=1, description="Inner width of a Mamba-2 block as a multiple of d_model.")
+    conv_size: int = Field(4, ge=1, description="Taps of the short depthwise convolution.")
+    chunk_size: int = Field(64, ge=1, description="Tokens that the chunked scan handles at once; changes speed only.")
+
+
+class SlotConfig(Section):
+    """The slot memory: hksa.md, sections 1 to 5."""
+
+    addressing: Literal["kronecker", "flat"] = Field(
+        "kronecker", description="`kronecker`: an address is a product of `factors` softmaxes; `flat`: one softmax over all slots."
+    )
+    factors: int = Field(5, ge=1, le=10, description="Softmax factors of an address (U).")
+    factor_size: int = Field(4, ge=2, description="Entries of each factor (p); there are p^U slots a head.")
+    top_k: int = Field(8, ge=1, le=32, description="Slots that one token writes, and slots that it reads (K).")
+    householder_steps: int = Field(1, ge=1, le=4, description="Householder edits of one write (n).")
+    segment_len: int = Field(1024, ge=1, description="Tokens between two hand-overs of state from layer to layer.")
+    thread_layers: bool = Field(
+        True, description="At segment boundaries mix each layer's memory with that of the layer below, gated by surprise."
+    )
+    log_temperature: float = Field(1.0, description="Start of the learned log-temperature of an address (alpha).")
+    balance: float = Field(0.05, ge=0.0, description="Weight of the loss term that keeps the factors of addresses in use.")
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of one head, M = p^U."""
+        return self.factor_size**self.factors
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.addressing == "flat" and self.factors != 1:
+            raise ValueError(f"flat addressing has one factor: set factors=1 and factor_size to the number of slots, not factors={self.factors}")
+        if self.num_slots > 4**10:
+            raise ValueError(f"factor_size^factors = {self.num_slots} slots, more than the {4**10} that are supported")
+        if self.top_k > self.num_slots:
+            raise ValueError(f"top_k={self.top_k} is more than the factor_size^factors = {self.num_slots} slots there are")
+        return self
+
+
+class ModelConfig(Section):
+    family: Literal["slotmamba"] = Field("slotmamba", description="Model family.")
+    vocab_size: int = Field(8192, ge=2, description="Entries of the token embedding.")
+    d_model: int = Field(256, ge=1, description="Width of the residual stream.")
+    n_heads: int = Field(4, ge=1, description="Heads of the slot memory and of attention.")
+    encoder_layers: int = Field(0, ge=0, description="Encoder layers; 0 makes a decoder-only model.")
+    decoder_layers: int = Field(4, ge=1, description="Decoder layers.")
+    encoder_attn_layers: list[int] = Field([], description="Encoder layers that are full attention instead of Mamba-2.")
+    decoder_attn_layer: int | None = Field(
+        None, description="Decoder layer with causal attention; -2 is the penultimate, null is none."
+    )
+    decoder_inject_layers: list[int] = Field([], description="Decoder layers whose slots attend to the encoder's output.")
+    mlp_ratio: float = Field(0.0, ge=0.0, description="Hidden width of the SwiGLU as a multiple of d_model; 0 leaves it out.")
+    tie_embeddings: bool = Field(True, description="Use the token embedding as output matrix too.")
+    bdlru: BDLRUConfig = Field(BDLRUConfig(), description="Block-diagonal linear recurrence of each decoder layer.")
+    ssm: SSMConfig = Field(SSMConfig(), description="Mamba-2 blocks of the encoder.")
+    slots: SlotConfig = Field(SlotConfig(), description="Slot memory of each decoder layer.")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def attention_layer(self) -> int | None:
+        """The decoder layer with attention as an index from 0, or None."""
+        layer = self.decoder_attn_layer
+        return layer if layer is None or layer >= 0 else layer + self.decoder_layers
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}")
+        if self.decoder_attn_layer is not None and self.head_dim % 2:
+            raise ValueError(f"attention rotates pairs of channels: d_model/n_heads = {self.head_dim} must be even")
+        if self.d_model % self.bdlru.block_size:
+            raise ValueError(f"d_model={self.d_model} is not divisible by bdlru.block_size={self.bdlru.block_size}")
+        if self.encoder_layers and (self.ssm.expand * self.d_model) % self.ssm.head_dim:
+            raise ValueError(f"ssm.expand*d_model = {self.ssm.expand * self.d_model} is not divisible by ssm.head_dim={self.ssm.head_dim}")
+        if self.attention_layer is not None and not 0 <= self.attention_layer < self.decoder_layers:
+            raise ValueError(f"decoder_attn_layer={self.decoder_attn_layer} is not one of the {self.decoder_layers} decoder layers")
+        for key, layers, count in (
+            ("encoder_attn_layers", self.encoder_attn_layers, self.encoder_layers),
+            ("decoder_inject_layers", self.decoder_inject_layers, self.decoder_layers),
+        ):
+            wrong = [layer for layer in layers if not 0 <= layer < count]
+            if wrong or len(set(layers)) != len(layers):
+                raise ValueError(f"{key}={layers}: expected distinct layers between 0 and {count - 1}")
+        if self.decoder_inject_layers and not self.encoder_layers:
+            raise ValueError("decoder_inject_layers needs an encoder: set encoder_layers")
+        if self.encoder_layers and not self.decoder_inject_layers:
+            raise ValueError("an encoder reaches the decoder only through decoder_inject_layers, which is empty")
+        return self
+
+
+class MQARSetting(Section):
+    length: int = Field(ge=4, description="Tokens of a sample (of the decoder's input in the seq2seq form).")
+    pairs: int = Field(ge=1, description="Key-value pairs of a sample.")
+    weight: float = Field(1.0, gt=0, description="Share of the source's rows with this setting, relative to the others.")
+
+
+class MQARConfig(Section):
+    form: Literal["decoder", "seq2seq"] = Field(
+        "decoder", description="`decoder`: pairs and queries in one sequence; `seq2seq`: the encoder sees the pairs, the decoder the queries."
+    )
+    settings: list[MQARSetting] = Field(min_length=1, description="Lengths and numbers of pairs to mix.")
+    vocab_size: int = Field(8192, ge=8, description="Tokens: keys in the lower half, values in the upper half.")
+    fillers: Literal["outside", "any"] = Field(
+        "outside", description="Filler tokens: `outside` of the keys and values, or `any` token (the published behaviour)."
+    )
+    power: float = Field(0.01, gt=0, description="Exponent of the power law of query gaps; small means close to the pairs.")
+
+
+class SourceConfig(Section):
+    name: str = Field(description="Name in logs and metrics.")
+    kind: Literal["lm", "mqar"] = Field("lm", description="`lm`: shards of tokenised text; `mqar`: synthetic recall, generated or from shards.")
+    shards: str | None = Field(None, description="Folder written by `slotmamba data build`; not needed for generated mqar.")
+    weight: float = Field(1.0, gt=0, description="Share of the tokens, relative to the other sources.")
+    mqar: MQARConfig | None = Field(None, description="Settings of generated recall samples (kind mqar without shards).")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "lm" and self.shards is None:
+            raise ValueError(f"source {self.name!r} of kind lm needs `shards`, a folder written by `slotmamba data build`")
+        if self.kind == "lm" and self.mqar is not None:
+            raise ValueError(f"source {self.name!r} is of kind lm, `mqar` has no meaning there")
+        if self.kind == "mqar" and (self.shards is None) == (self.mqar is None):
+            raise ValueError(f"source {self.name!r} of kind mqar needs either `mqar` settings or `shards`, one of them")
+        return self
+
+
+class DataConfig(Section):
+    seq_len: int = Field(1024, ge=1, description="Tokens of a row.")
+    tokenizer: str | None = Field(None, description="Sentencepiece model that made the shards; `generate` needs it.")
+    packing: Literal["concat"] = Field("concat", description="`concat`: documents one after the other, cut at row ends.")
+    sources: list[SourceConfig] = Field(min_length=1, description="Training sources and their weights.")
+    validation: list[SourceConfig] = Field([], description="Validation sources, each evaluated on its own.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key in ("sources", "validation"):
+            names = [source.name for source in getattr(self, key)]
+            if len(set(names)) != len(names):
+                raise ValueError(f"data.{key}: the names {names} are not distinct")
+        return self
+
+
+class OptimConfig(Section):
+    name: Literal["adamw"] = Field("adamw", description="Optimizer.")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Decay of AdamW's two moment averages.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's denominator offset.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay of matrices; never of gates, temperatures, norms, biases.")
+    schedule: Literal["cosine", "wsd", "linear"] = Field("cosine", description="Learning rate after the warm-up.")
+    warmup: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    decay: float = Field(0.2, gt=0, le=1, description="wsd only: share of the steps, at the end, in which the rate decays.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end as a share of the peak.")
+    clip_norm: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 does not clip.")
+    z_loss: float = Field(0.0, ge=0, description="Weight of mean(logsumexp(logits)^2) over the valid tokens.")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(500, ge=1, description="Steps between checkpoints.")
+    keep: int = Field(2, ge=1, description="Committed checkpoints to keep.")
+
+
+class TrainConfig(Section):
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; give this or `tokens`.")
+    tokens: int | None = Field(None, ge=1, description="Training tokens, padding included; rounded up to whole steps.")
+    global_batch_tokens: int = Field(65536, ge=1, description="Tokens of an optimizer step, whatever the accumulation.")
+    micro_batch: int = Field(8, ge=1, description="Rows of one forward pass.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Compute precision; parameters are fp32 always.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes a GPU when there is one.")
+    log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
+    eval_every: int = Field(500, ge=1, description="Steps between validations; there is one at the end as well.")
+    eval_rows: int = Field(64, ge=1, description="Rows of each validation source, the same ones each time.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Checkpoints.")
+    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="A loss or gradient that is not finite: stop, or skip the step.")
+    max_skips: int = Field(10, ge=1, description="Skipped steps in a row after which `skip` stops too.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give either train.steps or train.tokens, one of them")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return -(-self.tokens // self.global_batch_tokens)
+
+
+class WandbConfig(Section):
+    mode: Literal["disabled", "offline", "online"] = Field("disabled", description="Weights & Biases: off, on disk only, or live.")
+    project: str = Field("slotmamba", description="Weights & Biases project.")
+
+
+class LoggingConfig(Section):
+    wandb: WandbConfig = Field(WandbConfig(), description="Weights & Biases sink; metrics.jsonl is written always.")
+
+
+class Recipe(Section):
+    name: str = Field(description="Name of the run.")
+    seed: int = Field(0, ge=0, description="Seed of initial weights and data order.")
+    run_dir: Path = Field(Path(), description="Folder of the run; runs/NAME when left out.")
+    model: ModelConfig = Field(ModelConfig(), description="The model.")
+    data: DataConfig = Field(description="What it trains on.")
+    optim: OptimConfig = Field(OptimConfig(), description="How it is optimised.")
+    train: TrainConfig = Field(description="How long, how much at a time, how often it reports and saves.")
+    logging: LoggingConfig = Field(LoggingConfig(), description="Where metrics go besides metrics.jsonl.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        rows, rest = divmod(self.train.global_batch_tokens, self.data.seq_len)
+        if rest or not rows:
+            raise ValueError(f"train.global_batch_tokens={self.train.global_batch_tokens} is not a multiple of data.seq_len={self.data.seq_len}")
+        if rows % self.train.micro_batch:
+            raise ValueError(
+                f"a global batch has {rows} rows (train.global_batch_tokens / data.seq_len), not a multiple of train.micro_batch={self.train.micro_batch}"
+            )
+        if self.optim.warmup > self.train.total_steps:
+            raise ValueError(f"optim.warmup={self.optim.warmup} is more than the {self.train.total_steps} steps of the run")
+        for source in (*self.data.sources, *self.data.validation):
+            self._check_mqar(source)
+        return self
+
+    def _check_mqar(self, source: SourceConfig) -> None:
+        if source.mqar is None:
+            return
+        if source.mqar.vocab_size > self.model.vocab_size:
+            raise ValueError(
+                f"source {source.name!r}: mqar.vocab_size={source.mqar.vocab_size} is more than model.vocab_size={self.model.vocab_size}"
+            )
+        if (source.mqar.form == "seq2seq") != (self.model.encoder_layers > 0):
+            raise ValueError(f"source {source.name!r}: the seq2seq form goes with an encoder (model.encoder_layers), the decoder form without one")
+        longest = max(setting.length for setting in source.mqar.settings)
+        if longest > self.data.seq_len:
+            raise ValueError(f"source {source.name!r}: samples of {longest} tokens do not fit rows of data.seq_len={self.data.seq_len}")
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.train.global_batch_tokens // self.data.seq_len
+
+    @property
+    def run_path(self) -> Path:
+        return self.run_dir if self.run_dir != Path() else Path("runs") / self.name
