@@ -8,15 +8,26 @@ raise ``pydantic.ValidationError``, a ``ValueError``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# A name becomes part of file names and metric names.
+Name = Annotated[
+    str,
+    Field(
+        pattern=r"^[^/\s.][^/\s]*$",
+        json_schema_extra={"words": "a name without slashes, white space and leading dot"},
+    ),
+]
+
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
 
 class Section(BaseModel):
-    """A group of recipe keys: unknown keys are errors, values are not changed after validation."""
+    """A group of recipe keys: unknown keys are errors, types are not converted, values do not change afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class BDLRUConfig(Section):
@@ -35,7 +46,8 @@ class SlotConfig(Section):
     """The slot memory: hksa.md, sections 1 to 5."""
 
     addressing: Literal["kronecker", "flat"] = Field(
-        "kronecker", description="`kronecker`: an address is a product of `factors` softmaxes; `flat`: one softmax over all slots."
+        "kronecker",
+        description="`kronecker`: an address is a product of `factors` softmaxes; `flat`: one softmax over all slots.",
     )
     factors: int = Field(5, ge=1, le=10, description="Softmax factors of an address (U).")
     factor_size: int = Field(4, ge=2, description="Entries of each factor (p); there are p^U slots a head.")
@@ -43,24 +55,32 @@ class SlotConfig(Section):
     householder_steps: int = Field(1, ge=1, le=4, description="Householder edits of one write (n).")
     segment_len: int = Field(1024, ge=1, description="Tokens between two hand-overs of state from layer to layer.")
     thread_layers: bool = Field(
-        True, description="At segment boundaries mix each layer's memory with that of the layer below, gated by surprise."
+        True,
+        description="At segment boundaries mix each layer's memory with that of the layer below, gated by surprise.",
     )
     log_temperature: float = Field(1.0, description="Start of the learned log-temperature of an address (alpha).")
-    balance: float = Field(0.05, ge=0.0, description="Weight of the loss term that keeps the factors of addresses in use.")
+    balance: float = Field(
+        0.05, ge=0.0, description="Weight of the loss term that keeps the factors of addresses in use."
+    )
 
     @property
     def num_slots(self) -> int:
         """Slots of one head, M = p^U."""
-        return self.factor_size**self.factors
+        return int(self.factor_size**self.factors)  # to mypy, int to the power of int may be a float
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.addressing == "flat" and self.factors != 1:
-            raise ValueError(f"flat addressing has one factor: set factors=1 and factor_size to the number of slots, not factors={self.factors}")
+            raise ValueError(
+                "flat addressing has one factor: "
+                f"set factors=1 and factor_size to the number of slots, not factors={self.factors}"
+            )
         if self.num_slots > 4**10:
             raise ValueError(f"factor_size^factors = {self.num_slots} slots, more than the {4**10} that are supported")
         if self.top_k > self.num_slots:
-            raise ValueError(f"top_k={self.top_k} is more than the factor_size^factors = {self.num_slots} slots there are")
+            raise ValueError(
+                f"top_k={self.top_k} is more than the factor_size^factors = {self.num_slots} slots there are"
+            )
         return self
 
 
@@ -75,8 +95,12 @@ class ModelConfig(Section):
     decoder_attn_layer: int | None = Field(
         None, description="Decoder layer with causal attention; -2 is the penultimate, null is none."
     )
-    decoder_inject_layers: list[int] = Field([], description="Decoder layers whose slots attend to the encoder's output.")
-    mlp_ratio: float = Field(0.0, ge=0.0, description="Hidden width of the SwiGLU as a multiple of d_model; 0 leaves it out.")
+    decoder_inject_layers: list[int] = Field(
+        [], description="Decoder layers whose slots attend to the encoder's output."
+    )
+    mlp_ratio: float = Field(
+        0.0, ge=0.0, description="Hidden width of the SwiGLU as a multiple of d_model; 0 leaves it out."
+    )
     tie_embeddings: bool = Field(True, description="Use the token embedding as output matrix too.")
     bdlru: BDLRUConfig = Field(BDLRUConfig(), description="Block-diagonal linear recurrence of each decoder layer.")
     ssm: SSMConfig = Field(SSMConfig(), description="Mamba-2 blocks of the encoder.")
@@ -100,10 +124,13 @@ class ModelConfig(Section):
             raise ValueError(f"attention rotates pairs of channels: d_model/n_heads = {self.head_dim} must be even")
         if self.d_model % self.bdlru.block_size:
             raise ValueError(f"d_model={self.d_model} is not divisible by bdlru.block_size={self.bdlru.block_size}")
-        if self.encoder_layers and (self.ssm.expand * self.d_model) % self.ssm.head_dim:
-            raise ValueError(f"ssm.expand*d_model = {self.ssm.expand * self.d_model} is not divisible by ssm.head_dim={self.ssm.head_dim}")
+        inner = self.ssm.expand * self.d_model
+        if self.encoder_layers and inner % self.ssm.head_dim:
+            raise ValueError(f"ssm.expand*d_model = {inner} is not divisible by ssm.head_dim={self.ssm.head_dim}")
         if self.attention_layer is not None and not 0 <= self.attention_layer < self.decoder_layers:
-            raise ValueError(f"decoder_attn_layer={self.decoder_attn_layer} is not one of the {self.decoder_layers} decoder layers")
+            raise ValueError(
+                f"decoder_attn_layer={self.decoder_attn_layer} is not one of the {self.decoder_layers} decoder layers"
+            )
         for key, layers, count in (
             ("encoder_attn_layers", self.encoder_attn_layers, self.encoder_layers),
             ("decoder_inject_layers", self.decoder_inject_layers, self.decoder_layers),
@@ -121,32 +148,47 @@ class ModelConfig(Section):
 class MQARSetting(Section):
     length: int = Field(ge=4, description="Tokens of a sample (of the decoder's input in the seq2seq form).")
     pairs: int = Field(ge=1, description="Key-value pairs of a sample.")
-    weight: float = Field(1.0, gt=0, description="Share of the source's rows with this setting, relative to the others.")
+    weight: float = Field(
+        1.0, gt=0, description="Share of the source's rows with this setting, relative to the others."
+    )
 
 
 class MQARConfig(Section):
     form: Literal["decoder", "seq2seq"] = Field(
-        "decoder", description="`decoder`: pairs and queries in one sequence; `seq2seq`: the encoder sees the pairs, the decoder the queries."
+        "decoder",
+        description="`decoder`: pairs and queries in one sequence; "
+        "`seq2seq`: the encoder sees the pairs, the decoder the queries.",
     )
     settings: list[MQARSetting] = Field(min_length=1, description="Lengths and numbers of pairs to mix.")
     vocab_size: int = Field(8192, ge=8, description="Tokens: keys in the lower half, values in the upper half.")
     fillers: Literal["outside", "any"] = Field(
-        "outside", description="Filler tokens: `outside` of the keys and values, or `any` token (the published behaviour)."
+        "outside",
+        description="Filler tokens: `outside` of the keys and values, or `any` token (the published behaviour).",
     )
-    power: float = Field(0.01, gt=0, description="Exponent of the power law of query gaps; small means close to the pairs.")
+    power: float = Field(
+        0.01, gt=0, description="Exponent of the power law of query gaps; small means close to the pairs."
+    )
 
 
 class SourceConfig(Section):
-    name: str = Field(description="Name in logs and metrics.")
-    kind: Literal["lm", "mqar"] = Field("lm", description="`lm`: shards of tokenised text; `mqar`: synthetic recall, generated or from shards.")
-    shards: str | None = Field(None, description="Folder written by `slotmamba data build`; not needed for generated mqar.")
+    name: Name = Field(description="Name in logs and metrics.")
+    kind: Literal["lm", "mqar"] = Field(
+        "lm", description="`lm`: shards of tokenised text; `mqar`: synthetic recall, generated or from shards."
+    )
+    shards: str | None = Field(
+        None, description="Folder written by `slotmamba data build`; not needed for generated mqar."
+    )
     weight: float = Field(1.0, gt=0, description="Share of the tokens, relative to the other sources.")
-    mqar: MQARConfig | None = Field(None, description="Settings of generated recall samples (kind mqar without shards).")
+    mqar: MQARConfig | None = Field(
+        None, description="Settings of generated recall samples (kind mqar without shards)."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.kind == "lm" and self.shards is None:
-            raise ValueError(f"source {self.name!r} of kind lm needs `shards`, a folder written by `slotmamba data build`")
+            raise ValueError(
+                f"source {self.name!r} of kind lm needs `shards`, a folder written by `slotmamba data build`"
+            )
         if self.kind == "lm" and self.mqar is not None:
             raise ValueError(f"source {self.name!r} is of kind lm, `mqar` has no meaning there")
         if self.kind == "mqar" and (self.shards is None) == (self.mqar is None):
@@ -157,7 +199,9 @@ class SourceConfig(Section):
 class DataConfig(Section):
     seq_len: int = Field(1024, ge=1, description="Tokens of a row.")
     tokenizer: str | None = Field(None, description="Sentencepiece model that made the shards; `generate` needs it.")
-    packing: Literal["concat"] = Field("concat", description="`concat`: documents one after the other, cut at row ends.")
+    packing: Literal["concat"] = Field(
+        "concat", description="`concat`: documents one after the other, cut at row ends."
+    )
     sources: list[SourceConfig] = Field(min_length=1, description="Training sources and their weights.")
     validation: list[SourceConfig] = Field([], description="Validation sources, each evaluated on its own.")
 
@@ -173,12 +217,16 @@ class DataConfig(Section):
 class OptimConfig(Section):
     name: Literal["adamw"] = Field("adamw", description="Optimizer.")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Decay of AdamW's two moment averages.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), strict=False, description="Decay of AdamW's two moment averages.")
     eps: float = Field(1e-8, gt=0, description="AdamW's denominator offset.")
-    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay of matrices; never of gates, temperatures, norms, biases.")
+    weight_decay: float = Field(
+        0.1, ge=0, description="Decoupled weight decay of matrices; never of gates, temperatures, norms, biases."
+    )
     schedule: Literal["cosine", "wsd", "linear"] = Field("cosine", description="Learning rate after the warm-up.")
     warmup: int = Field(0, ge=0, description="Steps of linear warm-up.")
-    decay: float = Field(0.2, gt=0, le=1, description="wsd only: share of the steps, at the end, in which the rate decays.")
+    decay: float = Field(
+        0.2, gt=0, le=1, description="wsd only: share of the steps, at the end, in which the rate decays."
+    )
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end as a share of the peak.")
     clip_norm: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 does not clip.")
     z_loss: float = Field(0.0, ge=0, description="Weight of mean(logsumexp(logits)^2) over the valid tokens.")
@@ -200,7 +248,9 @@ class TrainConfig(Section):
     eval_every: int = Field(500, ge=1, description="Steps between validations; there is one at the end as well.")
     eval_rows: int = Field(64, ge=1, description="Rows of each validation source, the same ones each time.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Checkpoints.")
-    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="A loss or gradient that is not finite: stop, or skip the step.")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="A loss or gradient that is not finite: stop, or skip the step."
+    )
     max_skips: int = Field(10, ge=1, description="Skipped steps in a row after which `skip` stops too.")
 
     @model_validator(mode="after")
@@ -218,7 +268,9 @@ class TrainConfig(Section):
 
 
 class WandbConfig(Section):
-    mode: Literal["disabled", "offline", "online"] = Field("disabled", description="Weights & Biases: off, on disk only, or live.")
+    mode: Literal["disabled", "offline", "online"] = Field(
+        "disabled", description="Weights & Biases: off, on disk only, or live."
+    )
     project: str = Field("slotmamba", description="Weights & Biases project.")
 
 
@@ -227,9 +279,9 @@ class LoggingConfig(Section):
 
 
 class Recipe(Section):
-    name: str = Field(description="Name of the run.")
+    name: Name = Field(description="Name of the run.")
     seed: int = Field(0, ge=0, description="Seed of initial weights and data order.")
-    run_dir: Path = Field(Path(), description="Folder of the run; runs/NAME when left out.")
+    run_dir: Path = Field(Path(), strict=False, description="Folder of the run; the default `.` stands for runs/NAME.")
     model: ModelConfig = Field(ModelConfig(), description="The model.")
     data: DataConfig = Field(description="What it trains on.")
     optim: OptimConfig = Field(OptimConfig(), description="How it is optimised.")
@@ -238,15 +290,19 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        rows, rest = divmod(self.train.global_batch_tokens, self.data.seq_len)
-        if rest or not rows:
-            raise ValueError(f"train.global_batch_tokens={self.train.global_batch_tokens} is not a multiple of data.seq_len={self.data.seq_len}")
-        if rows % self.train.micro_batch:
+        tokens, seq_len, micro_batch = self.train.global_batch_tokens, self.data.seq_len, self.train.micro_batch
+        rows, rest = divmod(tokens, seq_len)
+        if rest:
+            raise ValueError(f"train.global_batch_tokens={tokens} is not a multiple of data.seq_len={seq_len}")
+        if rows % micro_batch:
             raise ValueError(
-                f"a global batch has {rows} rows (train.global_batch_tokens / data.seq_len), not a multiple of train.micro_batch={self.train.micro_batch}"
+                f"a global batch has {rows} rows (train.global_batch_tokens / data.seq_len), "
+                f"not a multiple of train.micro_batch={micro_batch}"
             )
         if self.optim.warmup > self.train.total_steps:
-            raise ValueError(f"optim.warmup={self.optim.warmup} is more than the {self.train.total_steps} steps of the run")
+            raise ValueError(
+                f"optim.warmup={self.optim.warmup} is more than the {self.train.total_steps} steps of the run"
+            )
         for source in (*self.data.sources, *self.data.validation):
             self._check_mqar(source)
         return self
@@ -254,15 +310,21 @@ class Recipe(Section):
     def _check_mqar(self, source: SourceConfig) -> None:
         if source.mqar is None:
             return
-        if source.mqar.vocab_size > self.model.vocab_size:
+        mqar, where = source.mqar, f"source {source.name!r}"
+        if mqar.vocab_size > self.model.vocab_size:
             raise ValueError(
-                f"source {source.name!r}: mqar.vocab_size={source.mqar.vocab_size} is more than model.vocab_size={self.model.vocab_size}"
+                f"{where}: mqar.vocab_size={mqar.vocab_size} is more than model.vocab_size={self.model.vocab_size}"
             )
-        if (source.mqar.form == "seq2seq") != (self.model.encoder_layers > 0):
-            raise ValueError(f"source {source.name!r}: the seq2seq form goes with an encoder (model.encoder_layers), the decoder form without one")
-        longest = max(setting.length for setting in source.mqar.settings)
+        if (mqar.form == "seq2seq") != (self.model.encoder_layers > 0):
+            raise ValueError(
+                f"{where}: mqar.form=seq2seq goes with an encoder, mqar.form=decoder without one, "
+                f"not mqar.form={mqar.form} with model.encoder_layers={self.model.encoder_layers}"
+            )
+        longest = max(setting.length for setting in mqar.settings)
         if longest > self.data.seq_len:
-            raise ValueError(f"source {source.name!r}: samples of {longest} tokens do not fit rows of data.seq_len={self.data.seq_len}")
+            raise ValueError(
+                f"{where}: samples of {longest} tokens do not fit rows of data.seq_len={self.data.seq_len} tokens"
+            )
 
     @property
     def rows_per_step(self) -> int:
