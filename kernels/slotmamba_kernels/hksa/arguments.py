@@ -1,0 +1,56 @@
+"""Types of HKSA's optional arguments, and the checks that all backends share."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from slotmamba_kernels.hksa.state import SlotState
+
+Surprise = tuple[Tensor, Tensor]
+"""(a_s [H], eta [H]), both in (0, 1)."""
+
+Inject = tuple[Tensor, Tensor, Tensor, Tensor]
+"""(c_k [B, T, H, K, d], c_v [B, T, H, K, d], lam_k [B, T, H, K], lam_v [B, T, H, K])."""
+
+
+def _require(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"hksa: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def check_shapes(
+    named: dict[str, Tensor],
+    num_slots: int,
+    state: SlotState | None,
+    doc_start: Tensor | None,
+    surprise: Surprise | None,
+    inject: Inject | None,
+) -> None:
+    """Raises ValueError unless the shapes are those of hksa.md's table, `named` holding the required arguments."""
+    if named["q"].ndim != 4 or named["k"].ndim != 5 or named["write_idx"].ndim != 4 or named["read_idx"].ndim != 4:
+        raise ValueError("hksa: expected q [B,T,H,d], k [B,T,H,n,d], write_idx and read_idx [B,T,H,K]")
+    batch, length, heads, dim = named["q"].shape
+    steps, writes, reads = named["k"].shape[3], named["write_idx"].shape[3], named["read_idx"].shape[3]
+    for name in ("k", "u_k", "u_v"):
+        _require(name, named[name], (batch, length, heads, steps, dim))
+    _require("beta", named["beta"], (batch, length, heads, steps))
+    for name, count in (("write_idx", writes), ("write_w", writes), ("read_idx", reads), ("read_w", reads)):
+        _require(name, named[name], (batch, length, heads, count))
+    _require("gamma", named["gamma"], (heads,))
+    if not 1 <= max(writes, reads) <= num_slots:
+        raise ValueError(f"hksa: {max(writes, reads)} active slots of num_slots={num_slots}")
+    if state is not None:
+        _require("state.S_k", state.S_k, (batch, heads, num_slots, dim))
+        _require("state.S_v", state.S_v, (batch, heads, num_slots, dim))
+        _require("state.z", state.z, (batch, heads, num_slots))
+        _require("state.surprise", state.surprise, (batch, heads, num_slots))
+    if doc_start is not None:
+        _require("doc_start", doc_start, (batch, length))
+    if surprise is not None:
+        _require("surprise a_s", surprise[0], (heads,))
+        _require("surprise eta", surprise[1], (heads,))
+    if inject is not None:
+        for name, tensor in zip(("c_k", "c_v"), inject[:2], strict=True):
+            _require(f"inject {name}", tensor, (batch, length, heads, writes, dim))
+        for name, tensor in zip(("lam_k", "lam_v"), inject[2:], strict=True):
+            _require(f"inject {name}", tensor, (batch, length, heads, writes))
