@@ -6,7 +6,6 @@ The names below load on first use, so that ``import slotmamba`` costs next to no
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from slotmamba.config.schema import ModelConfig as SlotMambaConfig
     from slotmamba.models.slotmamba import SlotMambaForCausalLM, SlotMambaForSeq2Seq
 
-__version__ = version("slotmamba")
+    __version__: str
 
 __all__ = ["SlotMambaConfig", "SlotMambaForCausalLM", "SlotMambaForSeq2Seq", "__version__", "load"]
 
@@ -27,6 +26,8 @@ _EXPORTS = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("slotmamba")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'slotmamba' has no attribute {name!r}")
     module, attribute = _EXPORTS[name]

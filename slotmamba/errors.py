@@ -1,11 +1,28 @@
-"""Failures of a run that are nobody's bug: the command line prints them as one line and exits 1."""
+"""Failures of a run, and the parts of error messages that several modules share."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class SlotMambaError(RuntimeError):
-    """A run cannot go on. For what a user wrote wrongly there is ValueError."""
+    """A run cannot go on, and it is nobody's bug: the command line prints one line and exits 1.
+
+    For what a user wrote wrongly there is ValueError.
+    """
 
 
 class TrainingError(SlotMambaError):
     """Training has to stop, for example because the loss is not finite."""
+
+
+def suggestion(name: str, valid: Iterable[str]) -> str:
+    """``"; did you mean X?"`` for the valid name nearest to `name`, or an empty string when none is near."""
+    near = difflib.get_close_matches(name, list(valid), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def one_line(text: object) -> str:
+    """`text` with every run of white space, line breaks included, as one space."""
+    return " ".join(str(text).split())

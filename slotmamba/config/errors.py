@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slotmamba.config import fields
+from slotmamba.errors import one_line, suggestion
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -41,16 +42,6 @@ class Layer:
             else:
                 return not isinstance(node, list)
         return True
-
-
-def suggestion(name: str, valid: Iterable[str]) -> str:
-    """``"; did you mean X?"`` for the valid name nearest to `name`, or an empty string when none is near."""
-    near = difflib.get_close_matches(name, list(valid), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def one_line(text: object) -> str:
-    return " ".join(str(text).split())
 
 
 def explain(error: ValidationError, layers: Sequence[Layer], recipe: str) -> RecipeError:

@@ -17,9 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from slotmamba.config.errors import Layer, Location, RecipeError, explain, one_line, origin_of, suggestion
+from slotmamba.config.errors import Layer, Location, RecipeError, explain, origin_of
 from slotmamba.config.fields import dotted
 from slotmamba.config.schema import Recipe
+from slotmamba.errors import one_line, suggestion
 from slotmamba.installed import data_path
 
 KEY = re.compile(r"[A-Za-z_]\w*(\.\w+|\[\d+\])*")

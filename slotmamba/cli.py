@@ -1,0 +1,225 @@
+"""The command line, ``slotmamba COMMAND ...``.
+
+Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted. Bad input and failures that are nobody's bug are one line
+each on stderr; a bug keeps its traceback. Handlers import what they need, so that help and `validate` need no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from slotmamba_data.cli import add_data_commands
+
+from slotmamba.errors import SlotMambaError, suggestion
+
+if TYPE_CHECKING:
+    from slotmamba.config import Recipe
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Handler = Callable[[argparse.Namespace], int]
+
+DONE, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+BAD_PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+
+
+class UsageError(ValueError):
+    """A command line that does not parse."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, near matches, and help that may be made only when it is asked for."""
+
+    more_help: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        return super().format_help() + (self.more_help() if self.more_help else "")
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            near = suggestion(str(value), choices) or f"; expected one of {', '.join(choices)}"
+            raise argparse.ArgumentError(action, f"{value} is not known{near}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = Parser(prog="slotmamba", description="Train and use SlotMamba language models.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_recipe_command(commands, "train", _train, "train a model; the same command again resumes the run")
+    validate = _add_recipe_command(commands, "validate", _validate, "check a recipe without running it")
+    validate.add_argument("--print", action="store_true", help="print the resolved recipe with all its keys")
+    _add_recipe_command(commands, "estimate", _estimate, "parameters, FLOPs per token and memory of a recipe, by part")
+    _add_generate(commands)
+    _add_evaluate(commands)
+    add_data_commands(commands)
+    doctor = commands.add_parser("doctor", help="what is installed, which backends work, what is missing")
+    doctor.set_defaults(handler=_doctor)
+    return parser
+
+
+def _add_recipe_command(commands: Commands, name: str, handler: Handler, summary: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of an installed recipe")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="recipe keys to set, such as optim.lr=3e-4")
+    parser.set_defaults(handler=handler)
+    assert isinstance(parser, Parser)
+    parser.more_help = _recipe_key_help
+    return parser
+
+
+def _recipe_key_help() -> str:
+    from slotmamba.config import installed_recipes
+    from slotmamba.config.reference import key_list
+
+    return f"\ninstalled recipes: {', '.join(installed_recipes())}\n\nrecipe keys:\n{key_list()}\n"
+
+
+def _add_generate(commands: Commands) -> None:
+    summary = "continue a prompt with a trained model"
+    parser = commands.add_parser("generate", help=summary, description=f"{summary.capitalize()}, token by token.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder or one of its checkpoints")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default %(default)s")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="0 (the default) takes the likeliest token each time",
+    )
+    parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens only")
+    parser.add_argument("--top-p", type=float, metavar="X", help="draw from the likeliest tokens that add up to X only")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the draws, default %(default)s")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default %(default)s")
+    parser.set_defaults(handler=_generate)
+
+
+def _add_evaluate(commands: Commands) -> None:
+    summary = "measure a trained model"
+    parser = commands.add_parser("evaluate", help=summary, description=f"{summary.capitalize()}.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder or one of its checkpoints")
+    parser.add_argument("--suite", choices=("recall", "perplexity"), required=True, help="what to measure")
+    parser.set_defaults(handler=_evaluate)
+
+
+def _load_recipe(args: argparse.Namespace) -> Recipe:
+    from slotmamba.config import load_recipe
+
+    return load_recipe(args.recipe, args.overrides)
+
+
+def _train(args: argparse.Namespace) -> int:
+    recipe = _load_recipe(args)  # before the slow import: a wrong key should show at once
+    from slotmamba.train import train
+
+    return train(recipe)
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from slotmamba.config import recipe_yaml
+
+    recipe = _load_recipe(args)
+    if args.print:
+        print(recipe_yaml(recipe), end="")
+    print(f"{recipe.name}: ok")
+    return DONE
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    recipe = _load_recipe(args)
+    from slotmamba.estimate import report
+
+    print(report(recipe))
+    return DONE
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from slotmamba.generation import generate_text
+
+    pieces = generate_text(
+        args.checkpoint,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        device=args.device,
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return DONE
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from slotmamba.evaluate import run
+
+    return run(args.checkpoint, args.suite)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from slotmamba.doctor import run
+
+    return run()
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args, rest = build_parser().parse_known_args(argv)
+    # argparse fills positional arguments once, so key=value after an option is left over.
+    if hasattr(args, "overrides") and all("=" in text and not text.startswith("-") for text in rest):
+        args.overrides += rest
+    elif rest:
+        raise UsageError(f"unknown arguments: {' '.join(rest)}")
+    return args
+
+
+def _fail(message: str, code: int) -> int:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+def _missing_package(error: ModuleNotFoundError) -> str | None:
+    """Which extra to install for a package that is optional; None for anything else, which is a bug."""
+    from slotmamba.dependencies import extra_that_installs, install_command
+
+    extra = extra_that_installs(error.name or "")
+    return extra and f"this needs the package {error.name}, which is not installed: {install_command(extra)}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code; ``--help`` leaves through SystemExit(0), as argparse does."""
+    try:
+        args = _parse(argv)
+        code: int = args.handler(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        # Python flushes stdout once more at exit, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        message = _missing_package(error)
+        if message is None:
+            raise
+        return _fail(message, FAILURE)
+    except ValueError as error:
+        return _fail(str(error), BAD_INPUT)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _fail(message, BAD_INPUT if isinstance(error, BAD_PATH_ERRORS) else FAILURE)
+    except SlotMambaError as error:
+        return _fail(str(error), FAILURE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
