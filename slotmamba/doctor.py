@@ -1,4 +1,4 @@
-"""``slotmamba doctor``: what is installed, which backends are live, whether the slot memory computes the right values."""
+"""``slotmamba doctor``: what is installed, which backends are live, whether the slot memory computes right values."""
 
 from __future__ import annotations
 

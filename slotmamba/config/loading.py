@@ -6,7 +6,6 @@ Relative paths of data and runs inside a recipe are relative to the current work
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from slotmamba.config.errors import Layer, Location, RecipeError, explain, origi
 from slotmamba.config.fields import dotted
 from slotmamba.config.schema import Recipe
 from slotmamba.errors import one_line, suggestion
+from slotmamba.files import write_text
 from slotmamba.installed import data_path
 
 KEY = re.compile(r"[A-Za-z_]\w*(\.\w+|\[\d+\])*")
@@ -64,10 +64,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write every key of `recipe` as YAML that `load_recipe` reads back equal; the file appears whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(recipe_yaml(recipe), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(Path(path), recipe_yaml(recipe))
 
 
 def recipe_yaml(recipe: Recipe) -> str:
