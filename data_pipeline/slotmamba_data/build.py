@@ -45,7 +45,7 @@ def build_text(
 
     Raises:
         ValueError: an input cannot be read, the output is complete already, or a split got no document.
-        OSError: the output cannot be written. No folder is complete then, nor after the build is killed.
+        OSError: the output cannot be written; no folder is complete then. After a kill at least one of them is not.
     """
     if not 0 <= validation < 1:
         raise ValueError(f"validation={validation}: expected a share from 0 to below 1")

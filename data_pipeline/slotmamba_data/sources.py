@@ -10,11 +10,13 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from slotmamba_data.manifest import Manifest
-from slotmamba_data.mqar import MQARSpec, generate_mqar
+from slotmamba_data.mqar import MQARSamples, MQARSpec, generate_mqar
 from slotmamba_data.packing import DocumentPart, Row, RowPacker
 from slotmamba_data.randomness import derive_key, permutation
 from slotmamba_data.schedule import Schedule
 from slotmamba_data.shard_reader import ShardFolder
+
+_CHUNK_ROWS = 16  # rows of generated samples that are made together
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,7 @@ class GeneratedRecall:
         self._spec, self._index, self._seq_len, self._seed, self._stream = spec, index, seq_len, seed, stream
         self._schedule = Schedule([setting.weight for setting in spec.settings])
         self._per_row = [1 if spec.form == "seq2seq" else seq_len // setting.length for setting in spec.settings]
+        self._chunk = functools.lru_cache(maxsize=len(spec.settings))(self._generate)
         self.vocab_size = spec.vocab_size
         self.tokenizer: str | None = None
         self.encoder_length = spec.encoder_length
@@ -211,15 +214,21 @@ class GeneratedRecall:
 
     def row(self, number: int) -> Row:
         which, turn = self._schedule.locate(number)
-        setting, per_row = self._spec.settings[which], self._per_row[which]
-        numbers = turn * per_row + np.arange(per_row)
-        samples = generate_mqar(self._spec, setting, numbers, seed=self._seed, stream=self._stream)
+        chunk, place = divmod(turn, _CHUNK_ROWS)
+        samples = self._chunk(which, chunk)
+        per_row = self._per_row[which]
         packer = RowPacker(self._seq_len)
-        for sample, tokens, labels in zip(numbers, samples.tokens, samples.labels, strict=True):
-            document = int(sample) * len(self._spec.settings) + which
-            packer.add(tokens, labels, DocumentPart(0, document, 0, len(tokens)))
-        encoder = None if samples.encoder is None else samples.encoder[0]
+        for i in range(place * per_row, (place + 1) * per_row):
+            document = (chunk * _CHUNK_ROWS * per_row + i) * len(self._spec.settings) + which
+            packer.add(samples.tokens[i], samples.labels[i], DocumentPart(0, document, 0, samples.tokens.shape[1]))
+        encoder = None if samples.encoder is None else samples.encoder[place]
         return packer.row(self._index, encoder, self.encoder_length)
+
+    def _generate(self, which: int, chunk: int) -> MQARSamples:
+        """The samples of `_CHUNK_ROWS` successive rows of a setting: many at once cost little more than one."""
+        count = _CHUNK_ROWS * self._per_row[which]
+        numbers = chunk * count + np.arange(count)
+        return generate_mqar(self._spec, self._spec.settings[which], numbers, seed=self._seed, stream=self._stream)
 
     def close(self) -> None:
         pass

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
+import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -69,26 +71,29 @@ class TokenizerReport:
 
 @dataclass
 class _Corpus:
-    """Feeds the trainer and counts what went by."""
+    """Reads the inputs and counts what went by."""
 
     specs: Sequence[str | Path]
     inputs: list[InputReport] = field(default_factory=list)
     lines: int = 0
     split_lines: int = 0
     skipped_lines: int = 0
-    sentences: int = 0
-    failure: BaseException | None = None
 
-    def feed(self) -> Iterator[str]:
-        # Whatever is raised in here reaches our caller as the trainer's RuntimeError: keep the real one.
-        try:
-            for spec in self.specs:
-                yield from self._feed_input(spec)
-        except BaseException as error:
-            self.failure = error
-            raise
+    def sample(self, size: int, seed: int) -> list[str]:
+        """At most `size` sentences of all, each as likely as the others (Vitter's algorithm R).
 
-    def _feed_input(self, spec: str | Path) -> Iterator[str]:
+        Sentencepiece could draw them too, but its draw cannot be seeded.
+        """
+        generator = random.Random(seed)
+        sample: list[str] = []
+        for number, sentence in enumerate(itertools.chain.from_iterable(map(self._read, self.specs))):
+            if number < size:
+                sample.append(sentence)
+            elif (place := int(generator.random() * (number + 1))) < size:
+                sample[place] = sentence
+        return sample
+
+    def _read(self, spec: str | Path) -> Iterator[str]:
         digest = hashlib.sha256()
         documents = size = 0
         for document in open_text(spec):
@@ -109,9 +114,7 @@ class _Corpus:
             return
         self.split_lines += len(line.encode()) > SENTENCE_BYTES
         for part in line.split(SPACE_MARK):  # encoding cuts there too
-            for sentence in split_line(part, SENTENCE_BYTES):
-                self.sentences += 1
-                yield sentence
+            yield from split_line(part, SENTENCE_BYTES)
 
 
 def split_line(line: str, limit: int) -> Iterator[str]:
@@ -163,8 +166,13 @@ def train_tokenizer(
         "input_sentence_size": input_sentence_size,
         "seed": seed,
     }
+    if input_sentence_size < 1:
+        raise ValueError(f"input_sentence_size={input_sentence_size}: expected at least 1")
     corpus = _Corpus(inputs)
-    model = _train(corpus, **arguments)
+    sentences = corpus.sample(input_sentence_size, seed)
+    if not sentences:
+        raise ValueError("the inputs hold no line of text to train a tokenizer on")
+    model = _train(sentences, vocab_size, model_type)
     with naming(output):
         output.mkdir(parents=True, exist_ok=True)
     write_file(output / MODEL_NAME, model)
@@ -178,7 +186,7 @@ def train_tokenizer(
         lines=corpus.lines,
         split_lines=corpus.split_lines,
         skipped_lines=corpus.skipped_lines,
-        sampled_sentences=min(corpus.sentences, input_sentence_size),
+        sampled_sentences=len(sentences),
         bytes_per_token=bytes_per_token,
         measured_bytes=measured,
     )
@@ -186,15 +194,14 @@ def train_tokenizer(
     return report
 
 
-def _train(corpus: _Corpus, *, seed: int, **options: Any) -> bytes:
+def _train(sentences: list[str], vocab_size: int, model_type: str) -> bytes:
     model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(seed)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=corpus.feed(),
+            sentence_iterator=iter(sentences),
             model_writer=model,
-            **options,
-            shuffle_input_sentence=True,
+            vocab_size=vocab_size,
+            model_type=model_type,
             max_sentence_length=SENTENCE_BYTES,
             byte_fallback=True,
             normalization_rule_name="identity",
@@ -209,14 +216,10 @@ def _train(corpus: _Corpus, *, seed: int, **options: Any) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        if corpus.failure is not None:
-            raise corpus.failure from None
-        if not corpus.sentences:
-            raise ValueError("the inputs hold no line of text to train a tokenizer on") from None
         # "INTERNAL: src/file.cc(744) [condition] What is wrong." in sentencepiece's words.
         reason = re.sub(r"^\w+: \S+\(\d+\) \[.*?\] (?=\S)", "", str(error))
         reason = reason.removesuffix(" or decrease character_coverage with --character_coverage option.")
-        raise ValueError(f"sentencepiece cannot train {options['vocab_size']} tokens: {reason}") from error
+        raise ValueError(f"sentencepiece cannot train {vocab_size} tokens: {reason}") from error
     return model.getvalue()
 
 

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+
+from slotmamba_data import MQARSetting, MQARSpec, ShardFolder, ShardWriter, build_mqar, generate_mqar, verify
+from slotmamba_data.files import BLOCK_BYTES
+
+LENGTHS = [1, 2, 500, 3000, 7, 9000, 40, 41, 42, 20_000]
+
+
+@pytest.fixture
+def shards(tmp_path: Path, make_shards: Any) -> tuple[Path, list[np.ndarray]]:
+    documents = make_shards(tmp_path / "shards", LENGTHS)
+    return tmp_path / "shards", documents
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_documents_and_their_parts_come_back(shards: tuple[Path, list[np.ndarray]]) -> None:
+    path, documents = shards
+    folder = ShardFolder(path)
+    assert len(folder.manifest.shards) > 2
+    assert folder.manifest.documents == len(documents)
+    assert folder.manifest.tokens == sum(LENGTHS)
+    assert folder.counts.tolist() == LENGTHS
+    for number in (9, 0, 5, 3, 1, 2, 4, 6, 7, 8):
+        np.testing.assert_array_equal(folder.tokens(number), documents[number])
+        middle = LENGTHS[number] // 2
+        np.testing.assert_array_equal(
+            folder.tokens(number, middle // 2, middle), documents[number][middle // 2 : middle]
+        )
+    assert folder.tokens(0).dtype == np.uint16
+    assert verify(path) == folder.manifest
+    folder.close()
+    np.testing.assert_array_equal(folder.tokens(3), documents[3])  # opens again
+    folder.close()
+
+
+def test_webdataset_reads_the_shards(shards: tuple[Path, list[np.ndarray]]) -> None:
+    path, documents = shards
+    names = [str(path / entry.name) for entry in ShardFolder(path).manifest.shards]
+    samples = list(webdataset.WebDataset(names, shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in samples] == [f"{number:09d}" for number in range(len(documents))]
+    for sample, document in zip(samples, documents, strict=True):
+        np.testing.assert_array_equal(sample["tokens.npy"], document)
+        assert sample["json"]["tokens"] == len(document)
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32), (10**6, np.uint32)])
+def test_token_type_follows_the_vocabulary(tmp_path: Path, vocab_size: int, dtype: type) -> None:
+    tokens = np.array([0, 5, vocab_size - 1])
+    with ShardWriter(tmp_path, vocab_size=vocab_size) as writer:
+        writer.add(tokens)
+    read = ShardFolder(tmp_path).tokens(0)
+    assert read.dtype == dtype
+    np.testing.assert_array_equal(read, tokens)
+
+
+def test_recall_samples_keep_labels_and_encoder(tmp_path: Path) -> None:
+    spec = MQARSpec((MQARSetting(9, 5), MQARSetting(12, 20)), vocab_size=128, form="seq2seq")
+    build_mqar(spec, [7, 3], tmp_path / "shards", seed=5)
+    folder = ShardFolder(tmp_path / "shards")
+    assert (folder.manifest.kind, folder.manifest.form, folder.manifest.documents) == ("mqar", "seq2seq", 10)
+    number = 0
+    for setting, count in zip(spec.settings, (7, 3), strict=True):
+        samples = generate_mqar(spec, setting, np.arange(count), seed=5, stream="build")
+        assert samples.encoder is not None
+        for tokens, labels, encoder in zip(samples.tokens, samples.labels, samples.encoder, strict=True):
+            np.testing.assert_array_equal(folder.tokens(number), tokens)
+            np.testing.assert_array_equal(folder.labels(number), labels)
+            np.testing.assert_array_equal(folder.encoder_tokens(number), encoder)
+            number += 1
+    [name] = [str(folder.path / entry.name) for entry in folder.manifest.shards]
+    first = next(iter(webdataset.WebDataset([name], shardshuffle=False).decode()))
+    assert first["json"] == {"tokens": 6, "length": 9, "pairs": 5, "sample": 0}
+    np.testing.assert_array_equal(first["encoder.npy"], folder.encoder_tokens(0))
+    np.testing.assert_array_equal(first["labels.npy"], folder.labels(0))
+
+
+def test_same_documents_give_the_same_bytes(tmp_path: Path, make_shards: Any) -> None:
+    for name in ("a", "b"):
+        make_shards(tmp_path / name, LENGTHS)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    with tarfile.open(tmp_path / "a/shard-000000.tar") as tar:
+        for member in tar:
+            assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+
+
+def test_truncated_shard_is_found_on_opening(shards: tuple[Path, list[np.ndarray]]) -> None:
+    path = shards[0] / "shard-000001.tar"
+    os.truncate(path, path.stat().st_size - 512)
+    with pytest.raises(ValueError, match=r"shard-000001\.tar has \d+ bytes instead of \d+: it was truncated"):
+        ShardFolder(shards[0])
+
+
+def test_shard_truncated_under_a_reader(shards: tuple[Path, list[np.ndarray]]) -> None:
+    folder = ShardFolder(shards[0])
+    os.truncate(shards[0] / folder.manifest.shards[-1].name, 20_000)
+    with pytest.raises(ValueError, match="ends at byte 20000: it was truncated since it was opened"):
+        folder.tokens(9)
+    folder.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("shard-000001.tar", r"shard .*shard-000001\.tar is missing: build"),
+        ("shard-000001.index.npz", r"index .*shard-000001\.index\.npz is missing: build.*`slotmamba data build`"),
+        ("manifest.json", r"holds no manifest\.json, so it is not a complete folder.*`slotmamba data build`"),
+    ],
+)
+def test_missing_file_is_named(shards: tuple[Path, list[np.ndarray]], name: str, message: str) -> None:
+    (shards[0] / name).unlink()
+    with pytest.raises(ValueError, match=message):
+        ShardFolder(shards[0])
+
+
+def test_missing_folder_and_folder_of_splits(tmp_path: Path, make_shards: Any) -> None:
+    with pytest.raises(ValueError, match=r"none does not exist: build it with `slotmamba data build`"):
+        ShardFolder(tmp_path / "none")
+    make_shards(tmp_path / "out/val", [5])
+    with pytest.raises(ValueError, match=r"did you mean .*out/val"):
+        ShardFolder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 99, "shards": []}', '{"format": 1, "shards": [{"nome": 1}]}'])
+def test_manifest_that_cannot_be_read(shards: tuple[Path, list[np.ndarray]], text: str) -> None:
+    (shards[0] / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json.*build the folder again"):
+        ShardFolder(shards[0])
+
+
+def test_damaged_index_is_named(shards: tuple[Path, list[np.ndarray]]) -> None:
+    flip(shards[0] / "shard-000002.index.npz", 300)
+    with pytest.raises(ValueError, match=r"shard-000002\.index\.npz is not the one that was written"):
+        ShardFolder(shards[0])
+
+
+def flip(path: Path, byte: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(byte)
+        old = file.read(1)
+        file.seek(byte)
+        file.write(bytes([old[0] ^ 0x10]))
+
+
+def test_damaged_payload_is_named_with_shard_and_byte(shards: tuple[Path, list[np.ndarray]]) -> None:
+    path, documents = shards
+    last = ShardFolder(path).manifest.shards[-1].name
+    damaged = BLOCK_BYTES + 100  # inside the 40,000 bytes of document 9
+    flip(path / last, damaged)
+    folder = ShardFolder(path)
+    message = rf"{last} is damaged between bytes {BLOCK_BYTES} and {2 * BLOCK_BYTES}"
+    with pytest.raises(ValueError, match=rf"{message} .*read for document 9 at byte \d+"):
+        folder.tokens(9)
+    np.testing.assert_array_equal(folder.tokens(9, 17_000, 17_500), documents[9][17_000:17_500])  # past the damage
+    np.testing.assert_array_equal(folder.tokens(5), documents[5])
+    folder.close()
+    with pytest.raises(ValueError, match=message):
+        verify(path)
+
+
+def test_every_flipped_byte_is_found_by_verify(tmp_path: Path, make_shards: Any) -> None:
+    make_shards(tmp_path / "whole", [300, 20])
+    size = (tmp_path / "whole/shard-000000.tar").stat().st_size
+    for byte in range(0, size, size // 20):
+        shutil.copytree(tmp_path / "whole", tmp_path / "copy")
+        flip(tmp_path / "copy/shard-000000.tar", byte)
+        with pytest.raises(ValueError, match=r"shard-000000\.tar is damaged"):
+            verify(tmp_path / "copy")
+        shutil.rmtree(tmp_path / "copy")
+
+
+def test_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    tokens = np.arange(5)
+    with ShardWriter(tmp_path / "lm", vocab_size=5) as writer:
+        writer.add(tokens)
+        for wrong in (tokens + 1, tokens - 1, tokens[:0], tokens[None]):
+            with pytest.raises(ValueError, match="tokens"):
+                writer.add(wrong)
+        with pytest.raises(ValueError, match="wrong set of labels"):
+            writer.add(tokens, labels=tokens)
+    assert ShardFolder(tmp_path / "lm").manifest.documents == 1
+    with ShardWriter(tmp_path / "mqar", vocab_size=5, kind="mqar") as writer:
+        writer.add(tokens, labels=tokens)
+        with pytest.raises(ValueError, match="wrong set of labels"):
+            writer.add(tokens)
+        with pytest.raises(ValueError, match="labels of shape"):
+            writer.add(tokens, labels=tokens[1:])
+        with pytest.raises(ValueError, match="wrong set of labels"):
+            writer.add(tokens, labels=tokens, encoder=tokens)
+    with pytest.raises(ValueError, match="no seq2seq form"):
+        ShardWriter(tmp_path / "other", vocab_size=5, form="seq2seq")
+
+
+def test_failed_writer_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not ours")
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, vocab_size=10, shard_bytes=2000) as writer:
+        for _ in range(10):
+            writer.add(np.arange(10))
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="no documents"), ShardWriter(tmp_path, vocab_size=10):
+        pass
+    assert content(tmp_path) == {"notes.txt": b"not ours"}
+
+
+def test_complete_folder_is_replaced_only_on_request(shards: tuple[Path, list[np.ndarray]]) -> None:
+    path, _ = shards
+    before = content(path)
+    with pytest.raises(ValueError, match="is a complete folder of shards"):
+        ShardWriter(path, vocab_size=10)
+    assert content(path) == before
+    with ShardWriter(path, vocab_size=10, overwrite=True) as writer:
+        assert not (path / "manifest.json").exists()
+        writer.add(np.arange(10))
+    assert sorted(content(path)) == ["manifest.json", "shard-000000.index.npz", "shard-000000.tar"]
+    assert json.loads((path / "manifest.json").read_text())["documents"] == 1
+    verify(path)
