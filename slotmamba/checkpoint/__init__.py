@@ -1,0 +1,7 @@
+"""Saving and loading runs: `CheckpointStore` for training, `load_model` for everything after."""
+
+from slotmamba.checkpoint.manifest import DamagedCheckpointError
+from slotmamba.checkpoint.model import find_checkpoint, load_model, recipe_path
+from slotmamba.checkpoint.store import CheckpointStore
+
+__all__ = ["CheckpointStore", "DamagedCheckpointError", "find_checkpoint", "load_model", "recipe_path"]

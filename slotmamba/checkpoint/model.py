@@ -1,0 +1,75 @@
+"""A model from a checkpoint, without the run around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from slotmamba.checkpoint import state
+from slotmamba.checkpoint.manifest import (
+    MANIFEST,
+    DamagedCheckpointError,
+    claimed_steps,
+    read_manifest,
+    step_name,
+    verify_files,
+)
+from slotmamba.checkpoint.tensors import digests, read_tensors, stored_tensors
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that ``path`` means: itself, or the newest one of a checkpoints or a run folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (path / MANIFEST).exists():
+        return path
+    for folder in (path, path / "checkpoints"):
+        steps = claimed_steps(folder)
+        if steps:
+            return folder / step_name(steps[-1])
+    raise ValueError(
+        f"{path} has no checkpoint: expected a run folder, its `checkpoints`, or a folder in there with {MANIFEST}"
+    )
+
+
+def recipe_path(path: Path) -> Path:
+    """recipe.yaml of the run that the checkpoint (as in `find_checkpoint`) belongs to.
+
+    Raises:
+        ValueError: there is no checkpoint, or no recipe.yaml two folders above it.
+    """
+    checkpoint = find_checkpoint(path).resolve()
+    recipe = checkpoint.parent.parent / "recipe.yaml"
+    if not recipe.is_file():
+        raise ValueError(f"{recipe} is missing: expected the recipe of the run beside its checkpoints")
+    return recipe
+
+
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> nn.Module:
+    """Build the model of a checkpoint and load its weights; in evaluation mode, parameters on ``device``.
+
+    Args:
+        path: A checkpoint, a run's ``checkpoints`` folder or a run folder (the newest checkpoint).
+
+    Raises:
+        ValueError: there is no checkpoint, or this version builds another model from its configuration.
+        DamagedCheckpointError: a file is missing or differs from what was written.
+    """
+    from slotmamba.config.schema import ModelConfig
+    from slotmamba.models import build_model
+
+    folder = find_checkpoint(Path(path))
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    model: nn.Module = build_model(ModelConfig.model_validate(manifest.model))
+    state.check_model(model, stored_tensors(folder), folder)
+    tensors = state.model_tensors(model)
+    read_tensors(folder, tensors)
+    written = {name: digest for name, digest in manifest.tensors.items() if name in tensors}
+    if digests(tensors, written) != written:
+        raise DamagedCheckpointError(f"{folder}: the tensors read differ from those written")
+    return model.to(device).eval()

@@ -1,0 +1,88 @@
+"""A tiny training run whose every step draws on the random number generators."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from slotmamba.checkpoint import CheckpointStore
+
+CONFIG: dict[str, Any] = {"d_model": 5, "slots": {"factors": 2, "top_k": 1}, "decoder_inject_layers": [0, 1]}
+
+
+class Toy(nn.Module):
+    """Uneven sizes, a tied head, a buffer, a scalar, and a layer that is not in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 5)
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(4))
+        self.unused = nn.Linear(3, 1)
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.head(x * self.temperature)
+
+
+class ToyRun:
+    """A model, its optimizer and their store; `advance` makes one step."""
+
+    def __init__(self, run_dir: Path, keep: int = 2, seed: int = 0) -> None:
+        seed_all(seed)
+        self.model = Toy()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, fused=True)
+        self.store = CheckpointStore(run_dir, keep, CONFIG)
+        self.step = 0
+
+    def advance(self, steps: int = 1) -> ToyRun:
+        for _ in range(steps):
+            rows = random.randint(1, 4)
+            tokens = torch.randint(7, (rows, 6))
+            noise = torch.from_numpy(np.random.randn(rows, 6, 7)).float()
+            self.optimizer.zero_grad()
+            ((self.model(tokens) - noise) ** 2).mean().backward()
+            self.optimizer.step()
+            self.step += 1
+        return self
+
+    def save(self) -> Path:
+        return self.store.save(self.step, self.model, self.optimizer, {"samples": 10 * self.step})
+
+    def resume(self) -> bool:
+        loaded = self.store.load_latest(self.model, self.optimizer)
+        if loaded is None:
+            return False
+        self.step, progress = loaded
+        assert progress == {"samples": 10 * self.step}
+        return True
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that decides the steps to come; equal snapshots are equal in every bit."""
+        tensors = dict(self.model.state_dict())
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}/{key}"] = value
+        numbers = {name: (str(value.dtype), value.shape, value.numpy().tobytes()) for name, value in tensors.items()}
+        return numbers | {
+            "torch": torch.get_rng_state().numpy().tobytes(),
+            "numpy": repr(np.random.get_state(legacy=True)),
+            "python": random.getstate(),
+        }
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
