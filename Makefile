@@ -41,11 +41,12 @@ format: venv
 docs: venv
 	.venv/bin/python -m slotmamba.config.reference > docs/recipes.md
 
-# After `scripts/install.sh dev,...` with newer versions and a full test run: record them. The local version of torch
+# After a full test run with newer versions in .venv: record them. The local version of torch
 # (+cpu, +cu130) and what only its CUDA build needs are left out, so that one file serves all machines.
 constraints:
 	sed -n '/^#/p' constraints.txt > .venv/constraints.txt
-	.venv/bin/pip freeze --exclude-editable | grep -v -E '^(nvidia|cuda)-' | sed -E 's/\+[a-z0-9.]+$$//' >> .venv/constraints.txt
+	.venv/bin/pip freeze --all --exclude pip --exclude-editable | \
+		grep -v -E '^(nvidia|cuda)-' | sed -E 's/\+[a-z0-9.]+$$//' >> .venv/constraints.txt
 	mv .venv/constraints.txt constraints.txt
 
 clean:

@@ -26,15 +26,12 @@ if [ ! -x .venv/bin/pip ]; then
     "$python" -m venv .venv || { rm -rf .venv; exit 1; }
 fi
 
-# On Linux the package index offers torch with 3 GB of CUDA libraries. A machine without an NVIDIA driver gets PyTorch's
-# CPU build instead, unless its pip is set up to choose that by itself or has it installed already.
+# On Linux the package index offers torch with 3 GB of CUDA libraries. A machine without an NVIDIA driver (or WSL's
+# /dev/dxg) gets the CPU build of the tested version, from PyTorch's own index unless pip finds it where it looks anyway.
 if [ "$(uname)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && [ ! -e /dev/dxg ]; then
-    needs_cuda="$(.venv/bin/pip install --quiet --dry-run --no-deps --report - -c constraints.txt torch |
-        .venv/bin/python -c 'import json, sys
-chosen = json.load(sys.stdin)["install"]
-print(any("nvidia" in needed for each in chosen for needed in each["metadata"].get("requires_dist", [])))')"
-    if [ "$needs_cuda" = True ]; then
-        .venv/bin/pip install --no-deps -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
+    torch="torch==$(sed -n 's/^torch==//p' constraints.txt)+cpu"
+    if ! .venv/bin/pip install --quiet --dry-run --no-deps "$torch" 2>/dev/null; then
+        .venv/bin/pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "$torch"
     fi
 fi
 

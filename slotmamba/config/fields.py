@@ -77,6 +77,24 @@ def walk(location: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int
         yield from walk((*location, key))
 
 
+def default_values() -> dict[str, Any]:
+    """The keys that have a default, in their sections; nothing for the entries of lists."""
+    values: dict[str, Any] = {}
+    for location, node in walk():
+        *sections, key = (part for part in location if isinstance(part, str))
+        if len(location) > len(sections) + 1 or "default" not in node or _is_section(node):
+            continue
+        section = values
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[key] = node["default"]
+    return values
+
+
+def _is_section(node: Node) -> bool:
+    return "properties" in _without_null(_resolve(node))
+
+
 def choices(node: Node) -> list[str]:
     """The values that an enumerated key may take; none where it is not enumerated."""
     node = _without_null(_resolve(node))

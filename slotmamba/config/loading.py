@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from slotmamba.config.errors import Layer, Location, RecipeError, explain, origin_of
-from slotmamba.config.fields import dotted
+from slotmamba.config.fields import default_values, dotted
 from slotmamba.config.schema import Recipe
 from slotmamba.errors import one_line, suggestion
 from slotmamba.files import write_text
@@ -46,7 +46,8 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = _find(str(recipe), Path(), asked_by="")
     origin = _shown_path(path)
     layers = _read_chain(path)
-    config = OmegaConf.merge(*(OmegaConf.create(layer.content) for layer in layers))
+    # The defaults are there so that ${...} finds every key.
+    config = OmegaConf.merge(default_values(), *(OmegaConf.create(layer.content) for layer in layers))
     assert isinstance(config, DictConfig)
     for override in overrides:
         layers.append(_apply(override, config))
@@ -157,7 +158,7 @@ def _apply(override: str, config: DictConfig) -> Layer:
         raise RecipeError(f"{origin}: not valid YAML: {one_line(getattr(error, 'problem', error))}") from None
     except OmegaConfBaseException as error:
         raise RecipeError(f"{origin}: {_first_line(error)}") from None
-    except ValueError:  # OmegaConf calls int() on the key below a list
+    except (TypeError, ValueError):  # OmegaConf expects an integer below a list
         raise RecipeError(f"{origin}: expected the number of a list's entry, as in data.sources.0.shards") from None
     content: Any = value
     for part in reversed(_location(key)):
