@@ -12,9 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from slotmamba_data.cli import add_data_commands
-
 from slotmamba.errors import SlotMambaError, suggestion
+from slotmamba_data.cli import add_data_commands
 
 if TYPE_CHECKING:
     from slotmamba.config import Recipe
@@ -215,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(str(error), BAD_INPUT)
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
         return _fail(message, BAD_INPUT if isinstance(error, BAD_PATH_ERRORS) else FAILURE)
     except SlotMambaError as error:
         return _fail(str(error), FAILURE)

@@ -136,7 +136,7 @@ def describe(node: Node) -> str:
         return f"a section with the keys {', '.join(sub_keys(node))}"
     if node.get("format") == "path":
         return "a path"
-    return str(node.get("words", SCALARS[node["type"]] + _bounds(node)))
+    return node.get("words", SCALARS[node["type"]] + _bounds(node))
 
 
 def dotted(location: Sequence[str | int]) -> str:

@@ -52,6 +52,9 @@ class SlotConfig(Section):
     factors: int = Field(5, ge=1, le=10, description="Softmax factors of an address (U).")
     factor_size: int = Field(4, ge=2, description="Entries of each factor (p); there are p^U slots a head.")
     top_k: int = Field(8, ge=1, le=32, description="Slots that one token writes, and slots that it reads (K).")
+    address_conv: int = Field(
+        4, ge=1, le=16, description="Taps of the causal convolution over a write address's logits; 1 leaves it out."
+    )
     householder_steps: int = Field(1, ge=1, le=4, description="Householder edits of one write (n).")
     segment_len: int = Field(1024, ge=1, description="Tokens between two hand-overs of state from layer to layer.")
     thread_layers: bool = Field(
@@ -66,7 +69,7 @@ class SlotConfig(Section):
     @property
     def num_slots(self) -> int:
         """Slots of one head, M = p^U."""
-        return int(self.factor_size**self.factors)  # to mypy, int to the power of int may be a float
+        return self.factor_size**self.factors
 
     @model_validator(mode="after")
     def _check(self) -> Self:
