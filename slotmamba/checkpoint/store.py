@@ -115,7 +115,7 @@ class CheckpointStore:
             final = self._commit(temporary, step)
         except OSError as error:
             raise self._save_error(step, error) from error
-        self._prune()
+        self._prune(step)
         return final
 
     def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -172,7 +172,10 @@ class CheckpointStore:
         """A whole checkpoint in ``folder``, manifest last, everything synced."""
         if folder.exists():
             shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        if not self.folder.exists():
+            self.folder.mkdir(parents=True)
+            fsync_folder(self.folder.parent)
+        folder.mkdir()
         tensors = state.model_tensors(model) | state.optimizer_tensors(model, optimizer)
         write_tensors(folder, tensors)
         write_json(folder / _RNG, rng_state())
@@ -197,7 +200,7 @@ class CheckpointStore:
 
     def _check_progress(self, manifest: Manifest) -> None:
         """Where the optimizer made updates since the last checkpoint, the tensors must have changed (NaN does not)."""
-        before = [step for step in self.committed() if step != manifest.step]
+        before = [step for step in self.committed() if step < manifest.step]
         if not before:
             return
         previous = read_manifest(self.folder / step_name(before[-1]))
@@ -225,8 +228,10 @@ class CheckpointStore:
         fsync_folder(self.folder)
         return aside
 
-    def _prune(self) -> None:
-        manifests = [read_manifest(self.folder / step_name(step)) for step in self.committed()]
+    def _prune(self, saved: int) -> None:
+        # Later steps than the one just saved are there when they were damaged and the run began again before them.
+        steps = [step for step in self.committed() if step <= saved]
+        manifests = [read_manifest(self.folder / step_name(step)) for step in steps]
         healthy = [manifest.step for manifest in manifests if manifest.finite]
         for manifest in manifests[: -self.keep]:
             if manifest.step != max(healthy, default=None):

@@ -108,6 +108,21 @@ def test_keeps_the_last_ones(tmp_path: Path) -> None:
     assert folders(run) == ["step-00000003", "step-00000004", "step-00000009"]
 
 
+def test_a_damaged_later_checkpoint_does_not_push_out_a_new_one(tmp_path: Path) -> None:
+    run = ToyRun(tmp_path, keep=2)
+    for _ in range(4):
+        run.advance().save()
+    flip_byte(run.store.folder / "step-00000004" / "__0_0.distcp")
+    run = ToyRun(tmp_path, keep=1)
+    assert run.resume()
+    assert run.step == 3
+    run.store.save(3, run.model, run.optimizer, {"samples": 30})
+    assert run.store.committed() == [3, 4]
+    run.advance().save()
+    assert run.store.committed() == [4]
+    assert ToyRun(tmp_path).resume()
+
+
 def test_never_prunes_the_newest_healthy_one(tmp_path: Path) -> None:
     run = ToyRun(tmp_path, keep=1)
     run.advance().save()
