@@ -1,0 +1,89 @@
+"""Rows of the data plan as tensors, and the recipe's sources as the plan's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slotmamba.config.schema import MQARConfig, SourceConfig
+from slotmamba.models.slotmamba import IGNORED
+from slotmamba_data import MQARSetting, MQARSpec, Row, Source
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of B rows of T tokens.
+
+    input_ids, labels, doc_start: [B, T] int64; valid: [B, T] bool; source: [B] int64, index of the row's source;
+    encoder_ids [B, S] int64 and encoder_valid [B, S] bool for encoder-decoder models, else None.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    doc_start: Tensor
+    valid: Tensor
+    source: Tensor
+    encoder_ids: Tensor | None
+    encoder_valid: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], device: torch.device) -> Batch:
+        """Stacks rows, padding encoder tokens to the longest, and moves them to the device."""
+
+        def stack(arrays: list[np.ndarray], dtype: torch.dtype) -> Tensor:
+            return torch.from_numpy(np.stack(arrays)).to(device=device, dtype=dtype)
+
+        encoder_ids = encoder_valid = None
+        if rows[0].encoder_tokens is not None:
+            longest = max(len(_encoder(row)[0]) for row in rows)
+            padded = [[np.pad(array, (0, longest - len(array))) for array in _encoder(row)] for row in rows]
+            encoder_ids = stack([tokens for tokens, _ in padded], torch.long)
+            encoder_valid = stack([valid for _, valid in padded], torch.bool)
+        return cls(
+            input_ids=stack([row.tokens for row in rows], torch.long),
+            labels=stack([row.labels for row in rows], torch.long),
+            doc_start=stack([row.doc_start for row in rows], torch.long),
+            valid=stack([row.valid for row in rows], torch.bool),
+            source=torch.tensor([row.source for row in rows], device=device),
+            encoder_ids=encoder_ids,
+            encoder_valid=encoder_valid,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of a model's `losses`."""
+        arguments: dict[str, Any] = {
+            "input_ids": self.input_ids,
+            "labels": self.labels,
+            "doc_start": self.doc_start,
+            "valid": self.valid,
+        }
+        if self.encoder_ids is not None:
+            arguments |= {"encoder_ids": self.encoder_ids, "encoder_valid": self.encoder_valid}
+        return arguments
+
+
+def _encoder(row: Row) -> tuple[np.ndarray, np.ndarray]:
+    if row.encoder_tokens is None or row.encoder_valid is None:
+        raise ValueError("a batch mixes rows with and without encoder tokens: give all sources the same form")
+    return row.encoder_tokens, row.encoder_valid
+
+
+def labelled(rows: Sequence[Row]) -> int:
+    """Positions with a loss."""
+    return sum(int((row.labels != IGNORED).sum()) for row in rows)
+
+
+def plan_source(config: SourceConfig) -> Source:
+    """A recipe's source as the data plan takes it."""
+    mqar = None if config.mqar is None else mqar_spec(config.mqar)
+    return Source(name=config.name, kind=config.kind, weight=config.weight, shards=config.shards, mqar=mqar)
+
+
+def mqar_spec(config: MQARConfig) -> MQARSpec:
+    settings = tuple(MQARSetting(setting.length, setting.pairs, setting.weight) for setting in config.settings)
+    return MQARSpec(settings, config.vocab_size, config.form, config.fillers, config.power)

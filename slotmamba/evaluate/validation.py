@@ -1,0 +1,94 @@
+"""Validation on fixed rows: loss, bits per token, and recall by setting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from slotmamba.batch import Batch, plan_source
+from slotmamba.config.schema import Recipe
+from slotmamba_data import Plan, Source, open_plan
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One thing to measure: a source, or one setting of a recall source, with a plan of its own."""
+
+    source: str
+    recall: str | None
+    plan: Plan
+
+
+class Validation:
+    """The validation sources of a recipe, opened once; every call measures the same rows."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._rows = recipe.train.eval_rows
+        self._micro_batch = recipe.train.micro_batch
+        self._parts = [
+            _Part(source.name, recall, open_plan([part], recipe.data.seq_len, recipe.seed, split="validation"))
+            for source in map(plan_source, recipe.data.validation)
+            for recall, part in _parts(source)
+        ]
+
+    @property
+    def plans(self) -> list[Plan]:
+        return [part.plan for part in self._parts]
+
+    @torch.no_grad()
+    def run(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[object]],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[dict[str, float | str]] | None:
+        """One record a source: loss in nats a token, bits_per_token, and recall/LENGTHxPAIRS of recall sources.
+
+        `stop` is asked between batches; once it holds the measurement is given up and the result is None.
+        """
+        training = model.training
+        model.eval()
+        records: dict[str, dict[str, float | str]] = {}
+        totals: dict[str, Tensor] = {}
+        try:
+            for part in self._parts:
+                counts = torch.zeros(3, dtype=torch.float64)  # nats, correct, tokens
+                for batch in self._batches(part.plan, device):
+                    if stop():
+                        return None
+                    with autocast():
+                        losses = model.losses(**batch.arguments())
+                    counts += torch.stack(
+                        [losses.nll.double().sum(), losses.correct.double().sum(), losses.nll.new_tensor(len(losses.nll))]
+                    ).cpu()
+                record = records.setdefault(part.source, {"source": part.source})
+                if part.recall is not None:
+                    record[f"recall/{part.recall}"] = float(counts[1] / counts[2])
+                totals[part.source] = totals.get(part.source, torch.zeros_like(counts)) + counts
+        finally:
+            model.train(training)
+        for source, (nats, _, tokens) in totals.items():
+            loss = float(nats / tokens)
+            records[source] |= {"loss": loss, "bits_per_token": loss / math.log(2)}
+        return list(records.values())
+
+    def _batches(self, plan: Plan, device: torch.device) -> Iterator[Batch]:
+        for start in range(0, self._rows, self._micro_batch):
+            numbers = range(start, min(start + self._micro_batch, self._rows))
+            yield Batch.of([plan[number] for number in numbers], device)
+
+
+def _parts(source: Source) -> list[tuple[str | None, Source]]:
+    """A generated recall source falls apart into its settings, so that recall can be told by setting."""
+    if source.mqar is None:
+        return [("all" if source.kind == "mqar" else None, source)]
+    return [
+        (f"{setting.length}x{setting.pairs}", replace(source, mqar=replace(source.mqar, settings=(setting,))))
+        for setting in source.mqar.settings
+    ]

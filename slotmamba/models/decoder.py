@@ -1,0 +1,173 @@
+"""The decoder: layers of attention (at one of them), BD-LRU, slot memory and SwiGLU, each pre-normed and residual."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from slotmamba.config.schema import ModelConfig
+from slotmamba.models.attention import Attention, KVCache
+from slotmamba.models.bdlru import BDLRU
+from slotmamba.models.injection import EncoderMemory
+from slotmamba.models.layers import SwiGLU
+from slotmamba.models.slot_memory import SlotLayerState, SlotMemory
+from slotmamba_kernels import SlotState
+
+
+@dataclass
+class LayerState:
+    """What one layer carries from token to token: its recurrences, and the keys and values of attention."""
+
+    lru: Tensor
+    slots: SlotLayerState
+    attention: KVCache | None
+
+
+@dataclass
+class DecoderState:
+    """State of step-by-step decoding: tokens seen so far, one state a layer, the encoder's output."""
+
+    position: int
+    layers: list[LayerState]
+    encoder: EncoderMemory | None = None
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        has_attention = layer == config.attention_layer
+        self.attention_norm = nn.RMSNorm(config.d_model) if has_attention else None
+        self.attention = Attention(config.d_model, config.n_heads, causal=True) if has_attention else None
+        self.lru_norm = nn.RMSNorm(config.d_model)
+        self.lru = BDLRU(config.d_model, config.bdlru.block_size)
+        self.slots_norm = nn.RMSNorm(config.d_model)
+        self.slots = SlotMemory(config, layer)
+        self.mlp_norm = nn.RMSNorm(config.d_model) if config.mlp_ratio else None
+        self.mlp = SwiGLU(config.d_model, round(config.mlp_ratio * config.d_model)) if config.mlp_ratio else None
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        segments: list[slice],
+        entering: SlotState,
+        below: list[SlotState] | None,
+        doc_start: Tensor | None,
+        valid: Tensor | None,
+        encoder: EncoderMemory | None,
+    ) -> tuple[Tensor, list[SlotState], Tensor]:
+        """x [B, T, C] -> x [B, T, C], the slot memory at the end of each segment, the balance term."""
+        if self.attention is not None and self.attention_norm is not None:
+            x = x + self.attention(self.attention_norm(x), doc_start=doc_start, valid=valid)
+        x = x + self.lru(self.lru_norm(x), doc_start=doc_start, valid=valid)[0]
+        y, ends, balance = self.slots(
+            self.slots_norm(x),
+            segments=segments,
+            entering=entering,
+            below=below,
+            doc_start=doc_start,
+            valid=valid,
+            encoder=encoder,
+        )
+        return self._mlp(x + y), ends, balance
+
+    def step(self, x: Tensor, state: LayerState, encoder: EncoderMemory | None) -> tuple[Tensor, LayerState]:
+        """One token: x [B, C] -> x [B, C] and the state after it."""
+        cache = state.attention
+        if self.attention is not None and self.attention_norm is not None:
+            assert cache is not None
+            y, cache = self.attention.step(self.attention_norm(x), cache)
+            x = x + y
+        y, lru = self.lru.step(self.lru_norm(x), state.lru)
+        x = x + y
+        y, slots = self.slots.step(self.slots_norm(x), state.slots, encoder)
+        return self._mlp(x + y), LayerState(lru, slots, cache)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        if self.mlp is None or self.mlp_norm is None:
+            return x
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """The stack of decoder layers and the final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.decoder_layers))
+        self.norm = nn.RMSNorm(config.d_model)
+        # Segments exist for the hand-over between layers and for injection; without either the memory runs in one go.
+        self.segmented = (config.slots.thread_layers and config.decoder_layers > 1) or bool(config.decoder_inject_layers)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        doc_start: Tensor | None = None,
+        valid: Tensor | None = None,
+        encoder: EncoderMemory | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, T, C] embeddings -> normed hidden states [B, T, C] and the balance term, a mean over layers."""
+        segments = self._segments(x.shape[1])
+        entering = self._initial_slots(len(x), x.device)
+        below: list[SlotState] | None = None
+        balances = []
+        for layer in self.layers:
+            x, below, balance = layer(
+                x,
+                segments=segments,
+                entering=entering,
+                below=below,
+                doc_start=doc_start,
+                valid=valid,
+                encoder=encoder,
+            )
+            balances.append(balance)
+        return self.norm(x), torch.stack(balances).mean()
+
+    def step(self, x: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """One token for every row: x [B, C] -> normed hidden state [B, C] and the state after it."""
+        layers = state.layers
+        if self.segmented and state.position and state.position % self.config.slots.segment_len == 0:
+            layers = self._start_segment(layers)
+        after = []
+        for layer, layer_state in zip(self.layers, layers, strict=True):
+            x, layer_state = layer.step(x, layer_state, state.encoder)
+            after.append(layer_state)
+        return self.norm(x), DecoderState(state.position + 1, after, state.encoder)
+
+    def init_state(self, batch: int, encoder: EncoderMemory | None = None) -> DecoderState:
+        """The state before the first token."""
+        parameter = self.norm.weight
+        slots = self._initial_slots(batch, parameter.device)
+        layers = [
+            LayerState(
+                lru=layer.lru.init_state(batch, parameter.device),
+                slots=layer.slots.init_state(slots),
+                attention=layer.attention.init_cache(batch) if layer.attention is not None else None,
+            )
+            for layer in self.layers
+        ]
+        return DecoderState(0, layers, encoder)
+
+    def _start_segment(self, layers: list[LayerState]) -> list[LayerState]:
+        """Hands the memory over from layer to layer, all of it as it stood at the end of the segment before."""
+        started = []
+        below: SlotState | None = None
+        for layer, state in zip(self.layers, layers, strict=True):
+            memory = layer.slots.hand_over(state.slots.memory, below)
+            slots = SlotLayerState(memory, memory, state.slots.window)
+            started.append(LayerState(state.lru, slots, state.attention))
+            below = state.slots.memory
+        return started
+
+    def _segments(self, length: int) -> list[slice]:
+        size = self.config.slots.segment_len if self.segmented else length
+        return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+    def _initial_slots(self, batch: int, device: torch.device) -> SlotState:
+        config = self.config
+        return SlotState.initial(batch, config.n_heads, config.slots.num_slots, config.head_dim, device=device)

@@ -1,0 +1,96 @@
+"""Encoder injection: active write slots attend to the encoder's output (hksa.md section 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slotmamba.config.schema import ModelConfig
+from slotmamba_kernels import SlotState
+
+START_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class EncoderMemory:
+    """Output of the encoder [B, S, C] and which of its positions are tokens [B, S]."""
+
+    hidden: Tensor
+    valid: Tensor
+
+
+class SlotInjection(nn.Module):
+    """What the encoder puts into the slots that a decoder token writes.
+
+    The query of a slot is W [hidden state, the slot's key content at the start of the segment, slot embedding]; the slot
+    embedding is a sum of U small tables, one for each digit of the slot's index.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.dim = config.n_heads, config.head_dim
+        self.factors, self.factor_size = config.slots.factors, config.slots.factor_size
+        self.slot_embedding = nn.Parameter(torch.randn(self.factors, self.factor_size, self.dim) * 0.02)
+        self.slot_embedding.no_weight_decay = True  # type: ignore[attr-defined]
+        self.q_hidden = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.q_content = nn.Linear(self.dim, self.dim, bias=False)
+        self.q_slot = nn.Linear(self.dim, self.dim, bias=False)
+        self.kv_proj = nn.Linear(config.d_model, 2 * config.d_model, bias=False)
+        self.c_k_proj = nn.Linear(self.dim, self.dim, bias=False)
+        self.c_v_proj = nn.Linear(self.dim, self.dim, bias=False)
+        self.gate_k = nn.Linear(2 * self.dim, 1)
+        self.gate_v = nn.Linear(2 * self.dim, 1)
+        for gate in (self.gate_k, self.gate_v):
+            nn.init.constant_(gate.bias, float(torch.tensor(START_SHARE).logit()))
+
+    def forward(
+        self,
+        x: Tensor,
+        write_idx: Tensor,
+        segment_start: SlotState,
+        doc_start: Tensor | None,
+        encoder: EncoderMemory,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [B, T, C], write_idx [B, T, H, K] -> c_k, c_v [B, T, H, K, d] and lam_k, lam_v [B, T, H, K]."""
+        content_k = self._content(segment_start.S_k, segment_start.z, write_idx, doc_start)
+        content_v = self._content(segment_start.S_v, segment_start.z, write_idx, doc_start)
+        batch, length, heads, active = write_idx.shape
+        hidden = self.q_hidden(x).view(batch, length, heads, 1, self.dim)
+        query = hidden + self.q_content(content_k) + self.q_slot(self._embed(write_idx))
+        attended = self._attend(query, encoder).to(content_k.dtype)
+        lam_k = self.gate_k(torch.cat([content_k, attended], -1)).squeeze(-1).sigmoid()
+        lam_v = self.gate_v(torch.cat([content_v, attended], -1)).squeeze(-1).sigmoid()
+        return self.c_k_proj(attended), self.c_v_proj(attended), lam_k, lam_v
+
+    def _content(self, memory: Tensor, z: Tensor, index: Tensor, doc_start: Tensor | None) -> Tensor:
+        """What the slots held when the segment began [B, T, H, K, d]; 0 for documents that began in the segment."""
+        batch, heads, slots, dim = memory.shape
+        streams = torch.arange(batch * heads, device=index.device).view(batch, 1, heads, 1)
+        rows = (streams * slots + index).flatten()
+        held = memory.reshape(-1, dim).index_select(0, rows) / z.reshape(-1).index_select(0, rows).unsqueeze(-1)
+        held = held.view(*index.shape, dim)
+        if doc_start is None:
+            return held
+        return torch.where((doc_start < 0).view(*doc_start.shape, 1, 1, 1), held, 0)
+
+    def _embed(self, index: Tensor) -> Tensor:
+        """Sum over the U digits of a slot's index of the digit's vector: [..., K] -> [..., K, d]."""
+        index = index.long()
+        embedded = torch.zeros((), device=index.device)
+        for u in range(self.factors):
+            digit = index // self.factor_size ** (self.factors - 1 - u) % self.factor_size
+            embedded = embedded + F.embedding(digit, self.slot_embedding[u])
+        return embedded
+
+    def _attend(self, query: Tensor, encoder: EncoderMemory) -> Tensor:
+        """Cross-attention of queries [B, T, H, K, d] to the encoder's tokens."""
+        batch, length, heads, active, dim = query.shape
+        keys, values = self.kv_proj(encoder.hidden).view(batch, -1, 2, heads, dim).permute(2, 0, 3, 1, 4)
+        # A row without any encoder token attends to its padding instead of dividing by zero.
+        mask = encoder.valid | ~encoder.valid.any(-1, keepdim=True)
+        query = query.permute(0, 2, 1, 3, 4).reshape(batch, heads, length * active, dim).to(keys.dtype)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask.view(batch, 1, 1, -1))
+        return attended.view(batch, heads, length, active, dim).permute(0, 2, 1, 3, 4)

@@ -1,0 +1,43 @@
+"""A causal depthwise convolution over a few tokens that never crosses a document's start."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ShortConv(nn.Module):
+    """y_t = sum_i w_i * x_(t-i) for i = 0 .. taps-1, channel by channel, over the tokens of t's own document.
+
+    Starts as a shift by one token (tap 1 is 1, the others small): that is what tells a value which key came before it.
+    """
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        self.taps = taps
+        weight = torch.randn(channels, taps) * 0.1
+        weight[:, 1] += 1.0
+        self.weight = nn.Parameter(weight)
+        self.weight.no_weight_decay = True  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor, doc_start: Tensor | None = None) -> Tensor:
+        """x [B, T, channels], doc_start [B, T] as in `slotmamba_kernels.hksa` -> [B, T, channels]."""
+        length = x.shape[1]
+        y = x * self.weight[:, 0]
+        position = torch.arange(length, device=x.device)
+        for i in range(1, min(self.taps, length)):
+            earlier = F.pad(x, (0, 0, i, 0))[:, :length]
+            if doc_start is not None:
+                earlier = earlier * (position - i >= doc_start).unsqueeze(-1)
+            y = y + earlier * self.weight[:, i]
+        return y
+
+    def step(self, x: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+        """One token: x [B, channels] and the taps-1 inputs before it, newest first -> y and the new window."""
+        window = torch.cat([x.unsqueeze(1), window], 1)
+        return torch.einsum("bic,ci->bc", window, self.weight), window[:, :-1]
+
+    def init_window(self, batch: int) -> Tensor:
+        """[batch, taps - 1, channels]: nothing before the first token."""
+        return self.weight.new_zeros(batch, self.taps - 1, len(self.weight))

@@ -1,0 +1,225 @@
+"""The HKSA layer: projections and addresses around the slot memory op, segment by segment (hksa.md)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slotmamba.config.schema import ModelConfig
+from slotmamba.models.injection import EncoderMemory, SlotInjection
+from slotmamba.models.short_conv import ShortConv
+from slotmamba.models.threading import SurpriseGate
+from slotmamba_kernels import SlotState, hksa, kronecker_topk
+
+
+@dataclass
+class SlotInputs:
+    """What the op takes of a stretch of tokens, all but the state: tensors [B, T, H, ...]."""
+
+    q: Tensor
+    k: Tensor
+    u_k: Tensor
+    u_v: Tensor
+    beta: Tensor
+    write_idx: Tensor
+    write_w: Tensor
+    read_idx: Tensor
+    read_w: Tensor
+
+    def tokens(self, span: slice) -> SlotInputs:
+        return SlotInputs(*(tensor[:, span] for tensor in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class SlotLayerState:
+    """State of step-by-step decoding: the memory now, and as the current segment began; the write address's last logits."""
+
+    memory: SlotState
+    segment_start: SlotState
+    window: Tensor | None
+
+
+class SlotMemory(nn.Module):
+    """One layer's slot memory: y = W_o(RMSNorm_head(o) * silu(W_g x)), o read from the slots that x also writes.
+
+    Args:
+        config: the model.
+        layer: its number among the decoder layers; layers above 0 are threaded to the one below.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        slots = config.slots
+        self.config = slots
+        self.heads, self.dim = config.n_heads, config.head_dim
+        width, steps = config.d_model, slots.householder_steps
+        factors = self.heads * slots.factors * slots.factor_size
+        self.write_address = nn.Linear(width, factors, bias=False)
+        self.read_address = nn.Linear(width, factors, bias=False)
+        # Reading starts with the hash that writing uses, so that a key finds what was written under it from step 1 on.
+        self.read_address.weight.data.copy_(self.write_address.weight.data)
+        self.write_conv = ShortConv(factors, slots.address_conv) if slots.address_conv > 1 else None
+        # Decay would pull the temperature back to 1 and addresses back to uniform: hksa.md section 8.
+        self.log_temperature = nn.Parameter(torch.full((2, self.heads), slots.log_temperature))
+        self.log_temperature.no_weight_decay = True  # type: ignore[attr-defined]
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, steps * width, bias=False)
+        self.u_k_proj = nn.Linear(width, steps * width, bias=False)
+        self.u_v_proj = nn.Linear(width, steps * width, bias=False)
+        self.beta_proj = nn.Linear(width, steps * self.heads)
+        self.decay_power = nn.Parameter(torch.zeros(self.heads))  # gamma = softplus
+        self.norm = nn.RMSNorm(self.dim)
+        self.gate_proj = nn.Linear(width, width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+        # Without threading nothing looks at the surprise, so it is not computed.
+        threaded = slots.thread_layers and config.decoder_layers > 1
+        self.surprise_mix = nn.Parameter(torch.zeros(self.heads)) if threaded else None  # a_s = sigmoid
+        self.surprise_memory = nn.Parameter(torch.full((self.heads,), 2.0)) if threaded else None  # eta = sigmoid
+        self.surprise_gate = SurpriseGate(self.heads) if threaded and layer > 0 else None
+        self.injection = SlotInjection(config) if layer in config.decoder_inject_layers else None
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        segments: list[slice],
+        entering: SlotState,
+        below: list[SlotState] | None,
+        doc_start: Tensor | None = None,
+        valid: Tensor | None = None,
+        encoder: EncoderMemory | None = None,
+    ) -> tuple[Tensor, list[SlotState], Tensor]:
+        """Runs the memory over the tokens, segment by segment.
+
+        Args:
+            x: [B, T, C].
+            segments: consecutive stretches of the tokens; state is handed from layer to layer between two of them.
+            entering: memory before the first segment, any hand-over done.
+            below: the memory of the layer below at the end of each segment, None for the lowest or without threading.
+            doc_start: [B, T] as in `slotmamba_kernels.hksa`.
+            valid: [B, T], False for padding, which writes nothing.
+            encoder: output of the encoder, for layers with injection.
+
+        Returns:
+            y [B, T, C]; the memory at the end of each segment; the balance term, a scalar.
+        """
+        write_logits = self.write_address(x).float()
+        if self.write_conv is not None:
+            write_logits = self.write_conv(write_logits, doc_start)
+        inputs, balance = self._inputs(x, write_logits, valid)
+        outputs: list[Tensor] = []
+        ends: list[SlotState] = []
+        state = entering
+        for number, span in enumerate(segments):
+            if number > 0:
+                state = self.hand_over(ends[-1], below[number - 1] if below is not None else None)
+            o, state = self._segment(inputs.tokens(span), x[:, span], state, state, _shift(doc_start, span), encoder)
+            outputs.append(o)
+            ends.append(state)
+        return self._output(torch.cat(outputs, 1), x), ends, balance
+
+    def step(
+        self, x: Tensor, state: SlotLayerState, encoder: EncoderMemory | None
+    ) -> tuple[Tensor, SlotLayerState]:
+        """One token: x [B, C] -> y [B, C] and the state after it."""
+        write_logits, window = self.write_address(x).float(), state.window
+        if self.write_conv is not None:
+            assert window is not None
+            write_logits, window = self.write_conv.step(write_logits, window)
+        x = x.unsqueeze(1)
+        inputs, _ = self._inputs(x, write_logits.unsqueeze(1), None)
+        o, memory = self._segment(inputs, x, state.memory, state.segment_start, None, encoder)
+        return self._output(o, x).squeeze(1), SlotLayerState(memory, state.segment_start, window)
+
+    def init_state(self, memory: SlotState) -> SlotLayerState:
+        """State of `step` before the first token, given the memory before it."""
+        window = None if self.write_conv is None else self.write_conv.init_window(len(memory.z))
+        return SlotLayerState(memory, memory, window)
+
+    def hand_over(self, own: SlotState, below: SlotState | None) -> SlotState:
+        """The memory that a segment starts from, given this layer's and the layer below's at the end of the one before."""
+        if self.surprise_gate is None or below is None:
+            return own
+        return self.surprise_gate(own, below)
+
+    def _segment(
+        self,
+        inputs: SlotInputs,
+        x: Tensor,
+        state: SlotState,
+        segment_start: SlotState,
+        doc_start: Tensor | None,
+        encoder: EncoderMemory | None,
+    ) -> tuple[Tensor, SlotState]:
+        inject = None
+        if self.injection is not None:
+            assert encoder is not None
+            inject = self.injection(x, inputs.write_idx, segment_start, doc_start, encoder)
+        surprise = None
+        if self.surprise_mix is not None and self.surprise_memory is not None:
+            surprise = (self.surprise_mix.sigmoid(), self.surprise_memory.sigmoid())
+        return hksa(
+            **vars(inputs),
+            gamma=F.softplus(self.decay_power),
+            num_slots=self.config.num_slots,
+            state=state,
+            doc_start=doc_start,
+            surprise=surprise,
+            inject=inject,
+        )
+
+    def _inputs(self, x: Tensor, write_logits: Tensor, valid: Tensor | None) -> tuple[SlotInputs, Tensor]:
+        batch, length, _ = x.shape
+        per_head = (batch, length, self.heads, self.dim)
+        per_step = (batch, length, self.heads, self.config.householder_steps, self.dim)
+        write_logits = self._address_logits(write_logits, 0)
+        read_logits = self._address_logits(self.read_address(x).float(), 1)
+        write_idx, write_w = kronecker_topk(write_logits, self.config.top_k)
+        read_idx, read_w = kronecker_topk(read_logits, self.config.top_k)
+        if valid is not None:
+            write_w = write_w * valid.view(batch, length, 1, 1)
+        inputs = SlotInputs(
+            q=F.rms_norm(self.q_proj(x).view(per_head), (self.dim,)),
+            k=F.normalize(self.k_proj(x).view(per_step), dim=-1),
+            u_k=F.rms_norm(self.u_k_proj(x).view(per_step), (self.dim,)),
+            u_v=self.u_v_proj(x).view(per_step),
+            beta=2 * self.beta_proj(x).view(per_step[:-1]).sigmoid(),
+            write_idx=write_idx,
+            write_w=write_w,
+            read_idx=read_idx,
+            read_w=read_w,
+        )
+        balance = self._imbalance(write_logits, valid) + self._imbalance(read_logits, valid)
+        return inputs, balance
+
+    def _address_logits(self, logits: Tensor, which: int) -> Tensor:
+        """[B, T, H*U*p] -> [B, T, H, U, p] with the write (0) or read (1) temperature applied; float32, whatever autocast says."""
+        shape = (*logits.shape[:2], self.heads, self.config.factors, self.config.factor_size)
+        return logits.view(shape) * self.log_temperature[which].exp().view(-1, 1, 1)
+
+    def _imbalance(self, logits: Tensor, valid: Tensor | None) -> Tensor:
+        """sum_u (log p - entropy of the factor's mean distribution over a row's tokens), mean over heads and rows.
+
+        The mean is over a row, not over the batch, so that the term is a mean over rows, the same for any accumulation and
+        any number of processes (docs/decisions.md).
+        """
+        probabilities = logits.softmax(-1)
+        if valid is None:
+            mean = probabilities.mean(1)
+        else:
+            weight = valid.float() / valid.sum(1, keepdim=True).clamp(min=1)
+            mean = torch.einsum("bthup,bt->bhup", probabilities, weight)
+        entropy = -(mean * (mean + 1e-9).log()).sum(-1)
+        return (math.log(self.config.factor_size) - entropy).sum(-1).mean()
+
+    def _output(self, o: Tensor, x: Tensor) -> Tensor:
+        return self.out_proj(self.norm(o).flatten(2) * F.silu(self.gate_proj(x)))
+
+
+def _shift(doc_start: Tensor | None, span: slice) -> Tensor | None:
+    """Document starts of a segment, counted from its first token."""
+    return None if doc_start is None else doc_start[:, span] - span.start

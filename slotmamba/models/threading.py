@@ -1,0 +1,38 @@
+"""Threading the slot memory through the layers (hksa.md section 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from slotmamba_kernels import SlotState
+
+SURPRISE_FLOOR = 1e-6
+OWN_SHARE = 0.9
+
+
+class SurpriseGate(nn.Module):
+    """Mixes a layer's memory with that of the layer below: g * own + (1 - g) * below, slot by slot.
+
+    g = sigmoid(b + c * log(surprise + 1e-6)), with the layer's own surprise and learned b and c for each head. Both
+    memories end before the segment that starts from the mix, so nothing comes from the future; the mix is convex, so the
+    bound on |S| / z survives. Starts at g = 0.9 everywhere.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.full((heads,), OWN_SHARE).logit())
+        self.slope = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, own: SlotState, below: SlotState) -> SlotState:
+        """Memories of the document alive at the end of a segment -> the memory that the next segment starts from."""
+        log_surprise = (own.surprise + SURPRISE_FLOOR).log()
+        gate = (self.bias.view(1, -1, 1) + self.slope.view(1, -1, 1) * log_surprise).sigmoid()
+
+        def mix(mine: Tensor, other: Tensor) -> Tensor:
+            g = gate.unsqueeze(-1) if mine.ndim == 4 else gate
+            return torch.lerp(other, mine, g)
+
+        return SlotState(
+            mix(own.S_k, below.S_k), mix(own.S_v, below.S_v), mix(own.z, below.z), mix(own.surprise, below.surprise)
+        )
