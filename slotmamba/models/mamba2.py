@@ -51,7 +51,7 @@ class Mamba2(nn.Module):
         u, b, c = u.split([self.width, config.state_size, config.state_size], -1)
         y, _ = ssd(
             u.unflatten(-1, (self.heads, config.head_dim)),
-            # Step sizes and decays stay in the precision of the parameters under autocast.
+            # Under autocast step sizes and decays, and the norm below, keep the precision of the parameters.
             F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias),
             -self.A_log.exp(),
             b.unsqueeze(2),
@@ -59,11 +59,12 @@ class Mamba2(nn.Module):
             self.D,
             chunk_size=config.chunk_size,
         )
-        return self.out_proj(self.norm(y.flatten(2) * F.silu(z)))
+        gated = y.flatten(2) * F.silu(z)
+        return self.out_proj(self.norm(gated.to(self.norm.weight.dtype)))
 
 
 class BiMamba2(nn.Module):
-    """One mixer along the row and another, with its own parameters, along the reversed row; their outputs are summed."""
+    """One mixer along the row and another, with its own parameters, along the reversed row; outputs are summed."""
 
     def __init__(self, d_model: int, config: SSMConfig) -> None:
         super().__init__()
