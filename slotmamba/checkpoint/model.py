@@ -65,7 +65,9 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> nn.Modul
     folder = find_checkpoint(Path(path))
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
-    model: nn.Module = build_model(ModelConfig.model_validate(manifest.model))
+    # The initial weights, all replaced below, are not to take numbers from the caller's random stream.
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(ModelConfig.model_validate(manifest.model))
     state.check_model(model, stored_tensors(folder), folder)
     tensors = state.model_tensors(model)
     read_tensors(folder, tensors)
