@@ -36,7 +36,8 @@ class ShortConv(nn.Module):
     def step(self, x: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
         """One token: x [B, channels] and the taps-1 inputs before it, newest first -> y and the new window."""
         window = torch.cat([x.unsqueeze(1), window], 1)
-        return torch.einsum("bic,ci->bc", window, self.weight), window[:, :-1]
+        # Not a matrix product: autocast would round one to bfloat16, and the parallel form's logits are float32.
+        return (window * self.weight.T).sum(1), window[:, :-1]
 
     def init_window(self, batch: int) -> Tensor:
         """[batch, taps - 1, channels]: nothing before the first token."""

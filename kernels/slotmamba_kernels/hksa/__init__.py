@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from slotmamba_kernels.dtypes import state_dtype
@@ -74,11 +75,13 @@ def hksa(
         batch, _, heads, dim = q.shape
         state = SlotState.initial(batch, heads, num_slots, dim, device=q.device, dtype=dtype)
     run = BACKENDS["torch" if backend == "auto" else backend]
-    o, state = run(
-        *(x.to(dtype) if x.is_floating_point() else x for x in named.values()),
-        state=state.map(lambda x: x.to(dtype)),
-        doc_start=doc_start,
-        surprise=None if surprise is None else (surprise[0].to(dtype), surprise[1].to(dtype)),
-        inject=None if inject is None else tuple(x.to(dtype) for x in inject),
-    )
+    # The forward passes of autograd functions are seen by autocast, and their products would be computed in bfloat16.
+    with torch.autocast(q.device.type, enabled=False):
+        o, state = run(
+            *(x.to(dtype) if x.is_floating_point() else x for x in named.values()),
+            state=state.map(lambda x: x.to(dtype)),
+            doc_start=doc_start,
+            surprise=None if surprise is None else (surprise[0].to(dtype), surprise[1].to(dtype)),
+            inject=None if inject is None else tuple(x.to(dtype) for x in inject),
+        )
     return o.to(q.dtype), state

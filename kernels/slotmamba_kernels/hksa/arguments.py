@@ -30,15 +30,20 @@ def check_shapes(
     if named["q"].ndim != 4 or named["k"].ndim != 5 or named["write_idx"].ndim != 4 or named["read_idx"].ndim != 4:
         raise ValueError("hksa: expected q [B,T,H,d], k [B,T,H,n,d], write_idx and read_idx [B,T,H,K]")
     batch, length, heads, dim = named["q"].shape
+    if 0 in named["q"].shape:
+        raise ValueError(f"hksa: q has shape {tuple(named['q'].shape)}, expected every size to be at least 1")
     steps, writes, reads = named["k"].shape[3], named["write_idx"].shape[3], named["read_idx"].shape[3]
+    if steps == 0:
+        raise ValueError(f"hksa: k has shape {tuple(named['k'].shape)}, expected at least 1 Householder step")
     for name in ("k", "u_k", "u_v"):
         _require(name, named[name], (batch, length, heads, steps, dim))
     _require("beta", named["beta"], (batch, length, heads, steps))
     for name, count in (("write_idx", writes), ("write_w", writes), ("read_idx", reads), ("read_w", reads)):
         _require(name, named[name], (batch, length, heads, count))
     _require("gamma", named["gamma"], (heads,))
-    if not 1 <= max(writes, reads) <= num_slots:
-        raise ValueError(f"hksa: {max(writes, reads)} active slots of num_slots={num_slots}")
+    for name, count in (("write_idx", writes), ("read_idx", reads)):
+        if not 1 <= count <= num_slots:
+            raise ValueError(f"hksa: {name} has {count} active slots a token, expected 1 to num_slots={num_slots}")
     if state is not None:
         _require("state.S_k", state.S_k, (batch, heads, num_slots, dim))
         _require("state.S_v", state.S_v, (batch, heads, num_slots, dim))
