@@ -5,10 +5,12 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from toy_run import CONFIG, ToyRun
 
 from slotmamba.checkpoint import CheckpointStore, DamagedCheckpointError
@@ -182,7 +184,7 @@ def truncate(path: Path) -> None:
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "rng.json", "manifest.json"])
 @pytest.mark.parametrize("damage", [flip_byte, truncate, Path.unlink])
 def test_damage_is_noticed_and_the_checkpoint_before_is_taken(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[Path], None]
 ) -> None:
     run = ToyRun(tmp_path)
     run.advance().save()
@@ -247,7 +249,7 @@ def test_checkpoint_of_another_configuration(tmp_path: Path) -> None:
         (lambda model: model.half(), "model.embedding.weight is float32 .* there and float16"),
     ],
 )
-def test_checkpoint_of_another_model(tmp_path: Path, change, text: str) -> None:
+def test_checkpoint_of_another_model(tmp_path: Path, change: Callable[[nn.Module], object], text: str) -> None:
     run = ToyRun(tmp_path).advance()
     run.save()
     change(run.model)

@@ -24,12 +24,13 @@ class Toy(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(4))
         self.unused = nn.Linear(3, 1)
         self.temperature = nn.Parameter(torch.tensor(1.5))
+        self.calls: torch.Tensor
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.head = nn.Linear(5, 7, bias=False)
         self.head.weight = self.embedding.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
+        self.calls.add_(1)
         x = self.embedding(tokens)
         for layer in self.layers:
             x = x + torch.tanh(layer(x))
