@@ -8,7 +8,7 @@ from typing import Any, Self
 
 
 class StopFlag:
-    """While entered, the first SIGINT or SIGTERM only sets `requested`; the loop saves and ends. A second one interrupts."""
+    """While entered, the first SIGINT or SIGTERM only sets `requested` for the loop to see; a second interrupts."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -19,7 +19,9 @@ class StopFlag:
             self._previous[number] = signal.signal(number, self._request)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

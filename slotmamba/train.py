@@ -1,4 +1,4 @@
-"""The training loop: one process, CPU or GPU. The same command starts, resumes and, once all steps are done, does nothing."""
+"""The training loop, one process, CPU or GPU: the same command starts, resumes and, once done, does nothing."""
 
 from __future__ import annotations
 
@@ -82,9 +82,7 @@ class Trainer:
         self.plan = open_plan([plan_source(source) for source in recipe.data.sources], recipe.data.seq_len, recipe.seed)
         self.validation = Validation(recipe)
         _check_vocabulary(recipe, [self.plan, *self.validation.plans])
-        self.store = CheckpointStore(
-            self.run_dir, recipe.train.checkpoint.keep, recipe.model.model_dump(mode="json")
-        )
+        self.store = CheckpointStore(self.run_dir, recipe.train.checkpoint.keep, recipe.model.model_dump(mode="json"))
         self.step = 0
         self.reader = PlanReader(self.plan)
         self.labelled_tokens = 0
@@ -284,14 +282,16 @@ def _check_vocabulary(recipe: Recipe, plans: list[Any]) -> None:
     largest = max(plan.vocab_size for plan in plans)
     if largest > recipe.model.vocab_size:
         raise ValueError(
-            f"model.vocab_size={recipe.model.vocab_size}, but the data have tokens up to {largest - 1}: set it to {largest} or more"
+            f"model.vocab_size={recipe.model.vocab_size}, but the data have tokens up to {largest - 1}: "
+            f"set it to {largest} or more"
         )
     digests = {digest for plan in plans for digest in plan.tokenizers}
     if recipe.data.tokenizer is not None:
         digests.add(Tokenizer(recipe.data.tokenizer).digest)
     if len(digests) > 1:
         raise ValueError(
-            "data.tokenizer, the training and the validation shards are not of one tokenizer: build them with the same one"
+            "data.tokenizer, the training and the validation shards are not of one tokenizer: "
+            "build them with the same one"
         )
 
 

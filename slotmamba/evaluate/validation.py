@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slotmamba.batch import Batch, plan_source
 from slotmamba.config.schema import Recipe
+from slotmamba.models import SlotMamba
 from slotmamba_data import Plan, Source, open_plan
 
 
@@ -43,7 +44,7 @@ class Validation:
     @torch.no_grad()
     def run(
         self,
-        model: nn.Module,
+        model: SlotMamba,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[object]],
         stop: Callable[[], bool] = lambda: False,
@@ -64,9 +65,9 @@ class Validation:
                         return None
                     with autocast():
                         losses = model.losses(**batch.arguments())
-                    counts += torch.stack(
-                        [losses.nll.double().sum(), losses.correct.double().sum(), losses.nll.new_tensor(len(losses.nll))]
-                    ).cpu()
+                    counts += (
+                        torch.stack([losses.nll, losses.correct, torch.ones_like(losses.nll)]).double().sum(1).cpu()
+                    )
                 record = records.setdefault(part.source, {"source": part.source})
                 if part.recall is not None:
                     record[f"recall/{part.recall}"] = float(counts[1] / counts[2])

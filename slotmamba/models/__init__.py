@@ -1,5 +1,5 @@
 """The models and the layers that they are made of."""
 
-from slotmamba.models.slotmamba import SlotMambaForCausalLM, SlotMambaForSeq2Seq, build_model
+from slotmamba.models.slotmamba import SlotMamba, SlotMambaForCausalLM, SlotMambaForSeq2Seq, build_model
 
-__all__ = ["SlotMambaForCausalLM", "SlotMambaForSeq2Seq", "build_model"]
+__all__ = ["SlotMamba", "SlotMambaForCausalLM", "SlotMambaForSeq2Seq", "build_model"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -100,7 +101,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.decoder_layers))
         self.norm = nn.RMSNorm(config.d_model)
         # Segments exist for the hand-over between layers and for injection; without either the memory runs in one go.
-        self.segmented = (config.slots.thread_layers and config.decoder_layers > 1) or bool(config.decoder_inject_layers)
+        self.segmented = (config.slots.thread_layers and config.decoder_layers > 1) or bool(
+            config.decoder_inject_layers
+        )
 
     def forward(
         self,
@@ -115,7 +118,7 @@ class Decoder(nn.Module):
         entering = self._initial_slots(len(x), x.device)
         below: list[SlotState] | None = None
         balances = []
-        for layer in self.layers:
+        for layer in self._decoder_layers():
             x, below, balance = layer(
                 x,
                 segments=segments,
@@ -134,7 +137,7 @@ class Decoder(nn.Module):
         if self.segmented and state.position and state.position % self.config.slots.segment_len == 0:
             layers = self._start_segment(layers)
         after = []
-        for layer, layer_state in zip(self.layers, layers, strict=True):
+        for layer, layer_state in zip(self._decoder_layers(), layers, strict=True):
             x, layer_state = layer.step(x, layer_state, state.encoder)
             after.append(layer_state)
         return self.norm(x), DecoderState(state.position + 1, after, state.encoder)
@@ -149,15 +152,20 @@ class Decoder(nn.Module):
                 slots=layer.slots.init_state(slots),
                 attention=layer.attention.init_cache(batch) if layer.attention is not None else None,
             )
-            for layer in self.layers
+            for layer in self._decoder_layers()
         ]
         return DecoderState(0, layers, encoder)
+
+    def _decoder_layers(self) -> Iterator[DecoderLayer]:
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            yield layer
 
     def _start_segment(self, layers: list[LayerState]) -> list[LayerState]:
         """Hands the memory over from layer to layer, all of it as it stood at the end of the segment before."""
         started = []
         below: SlotState | None = None
-        for layer, state in zip(self.layers, layers, strict=True):
+        for layer, state in zip(self._decoder_layers(), layers, strict=True):
             memory = layer.slots.hand_over(state.slots.memory, below)
             slots = SlotLayerState(memory, memory, state.slots.window)
             started.append(LayerState(state.lru, slots, state.attention))

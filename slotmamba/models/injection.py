@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +26,8 @@ class EncoderMemory:
 class SlotInjection(nn.Module):
     """What the encoder puts into the slots that a decoder token writes.
 
-    The query of a slot is W [hidden state, the slot's key content at the start of the segment, slot embedding]; the slot
-    embedding is a sum of U small tables, one for each digit of the slot's index.
+    The query of a slot is W [hidden state, the slot's key content at the start of the segment, slot embedding]; the
+    slot embedding is a sum of U small tables, one for each digit of the slot's index.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -44,7 +45,7 @@ class SlotInjection(nn.Module):
         self.gate_k = nn.Linear(2 * self.dim, 1)
         self.gate_v = nn.Linear(2 * self.dim, 1)
         for gate in (self.gate_k, self.gate_v):
-            nn.init.constant_(gate.bias, float(torch.tensor(START_SHARE).logit()))
+            nn.init.constant_(gate.bias, math.log(START_SHARE / (1 - START_SHARE)))
 
     def forward(
         self,
@@ -57,7 +58,7 @@ class SlotInjection(nn.Module):
         """x [B, T, C], write_idx [B, T, H, K] -> c_k, c_v [B, T, H, K, d] and lam_k, lam_v [B, T, H, K]."""
         content_k = self._content(segment_start.S_k, segment_start.z, write_idx, doc_start)
         content_v = self._content(segment_start.S_v, segment_start.z, write_idx, doc_start)
-        batch, length, heads, active = write_idx.shape
+        batch, length, heads, _ = write_idx.shape
         hidden = self.q_hidden(x).view(batch, length, heads, 1, self.dim)
         query = hidden + self.q_content(content_k) + self.q_slot(self._embed(write_idx))
         attended = self._attend(query, encoder).to(content_k.dtype)

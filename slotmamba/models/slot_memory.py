@@ -36,7 +36,7 @@ class SlotInputs:
 
 @dataclass(frozen=True)
 class SlotLayerState:
-    """State of step-by-step decoding: the memory now, and as the current segment began; the write address's last logits."""
+    """State of step-by-step decoding: the memory now and as its segment began; the write address's last logits."""
 
     memory: SlotState
     segment_start: SlotState
@@ -122,9 +122,7 @@ class SlotMemory(nn.Module):
             ends.append(state)
         return self._output(torch.cat(outputs, 1), x), ends, balance
 
-    def step(
-        self, x: Tensor, state: SlotLayerState, encoder: EncoderMemory | None
-    ) -> tuple[Tensor, SlotLayerState]:
+    def step(self, x: Tensor, state: SlotLayerState, encoder: EncoderMemory | None) -> tuple[Tensor, SlotLayerState]:
         """One token: x [B, C] -> y [B, C] and the state after it."""
         write_logits, window = self.write_address(x).float(), state.window
         if self.write_conv is not None:
@@ -141,7 +139,7 @@ class SlotMemory(nn.Module):
         return SlotLayerState(memory, memory, window)
 
     def hand_over(self, own: SlotState, below: SlotState | None) -> SlotState:
-        """The memory that a segment starts from, given this layer's and the layer below's at the end of the one before."""
+        """The memory that a segment starts from: this layer's at the end of the one before, mixed with `below`."""
         if self.surprise_gate is None or below is None:
             return own
         return self.surprise_gate(own, below)
@@ -197,15 +195,15 @@ class SlotMemory(nn.Module):
         return inputs, balance
 
     def _address_logits(self, logits: Tensor, which: int) -> Tensor:
-        """[B, T, H*U*p] -> [B, T, H, U, p] with the write (0) or read (1) temperature applied; float32, whatever autocast says."""
+        """Float32 [B, T, H*U*p] -> [B, T, H, U, p] with the write (0) or read (1) temperature applied."""
         shape = (*logits.shape[:2], self.heads, self.config.factors, self.config.factor_size)
         return logits.view(shape) * self.log_temperature[which].exp().view(-1, 1, 1)
 
     def _imbalance(self, logits: Tensor, valid: Tensor | None) -> Tensor:
         """sum_u (log p - entropy of the factor's mean distribution over a row's tokens), mean over heads and rows.
 
-        The mean is over a row, not over the batch, so that the term is a mean over rows, the same for any accumulation and
-        any number of processes (docs/decisions.md).
+        The mean is over a row, not over the batch, so that the term is a mean over rows, the same for any accumulation
+        and any number of processes (docs/decisions.md).
         """
         probabilities = logits.softmax(-1)
         if valid is None:

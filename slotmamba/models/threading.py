@@ -15,8 +15,8 @@ class SurpriseGate(nn.Module):
     """Mixes a layer's memory with that of the layer below: g * own + (1 - g) * below, slot by slot.
 
     g = sigmoid(b + c * log(surprise + 1e-6)), with the layer's own surprise and learned b and c for each head. Both
-    memories end before the segment that starts from the mix, so nothing comes from the future; the mix is convex, so the
-    bound on |S| / z survives. Starts at g = 0.9 everywhere.
+    memories end before the segment that starts from the mix, so nothing comes from the future; the mix is convex, so
+    the bound on |S| / z survives. Starts at g = 0.9 everywhere.
     """
 
     def __init__(self, heads: int) -> None:

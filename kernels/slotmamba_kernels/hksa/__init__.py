@@ -37,22 +37,22 @@ def hksa(
 ) -> tuple[Tensor, SlotState]:
     """Writes each token into its active slots and reads from them, in time order.
 
-    The state and everything computed is float32, or float64 when q is. Gradients reach every floating-point input and the
-    entering state; the prediction error behind `surprise` is a measurement, none flows through it.
+    The state and everything computed is float32, or float64 when q is. Gradients reach every floating-point input and
+    the entering state; the prediction error behind `surprise` is a measurement, none flows through it.
 
     Args:
         q: [B, T, H, d] read queries, RMS-normalised per head.
         k: [B, T, H, n, d] Householder directions of unit length.
         u_k, u_v: [B, T, H, n, d] what each step writes to key and value memory.
         beta: [B, T, H, n] step sizes in [0, 2].
-        write_idx, write_w: [B, T, H, K] active slots of the write, distinct integers below num_slots, and their weights in
-            [0, 1); a weight of 0 changes nothing.
+        write_idx, write_w: [B, T, H, K] active slots of the write, distinct integers below num_slots, and their
+            weights in [0, 1); a weight of 0 changes nothing.
         read_idx, read_w: [B, T, H, K'] the same for the read.
         gamma: [H] power of the decay, >= 0.
         num_slots: slots of a head, M.
         state: entering memory; None is `SlotState.initial`.
-        doc_start: [B, T] integers, index counted from the call's first token of the first token of t's document; negative
-            when it began before the call. None: one document, that of the entering state.
+        doc_start: [B, T] integers, index counted from the call's first token of the first token of t's document;
+            negative when it began before the call. None: one document, that of the entering state.
         surprise: (a_s [H], eta [H]) in (0, 1); None leaves the surprise of the state as it is.
         inject: (c_k, c_v [B, T, H, K, d], lam_k, lam_v [B, T, H, K]) of the encoder injection, or None.
         backend: "reference" (token by token), "torch" (vectorised over slots) or "auto", which is "torch".
@@ -82,6 +82,11 @@ def hksa(
             state=state.map(lambda x: x.to(dtype)),
             doc_start=doc_start,
             surprise=None if surprise is None else (surprise[0].to(dtype), surprise[1].to(dtype)),
-            inject=None if inject is None else tuple(x.to(dtype) for x in inject),
+            inject=None if inject is None else _to(inject, dtype),
         )
     return o.to(q.dtype), state
+
+
+def _to(inject: Inject, dtype: torch.dtype) -> Inject:
+    c_k, c_v, lam_k, lam_v = (x.to(dtype) for x in inject)
+    return c_k, c_v, lam_k, lam_v

@@ -1,9 +1,10 @@
 """Who writes and reads which slot when: the sort that turns a sequence into independent chains.
 
-A *chain* is one slot of one document, head and sequence: the writes to it in time order. Chains never mix, so all of them
-advance together, one write each at a time. Their states live in one table whose rows are ordered by step: first the state
-that each chain starts from, then the states after every chain's first write, then after the second, and so on. Chains are
-sorted by length, longest first, so the chains still alive at a step are the first rows of the step before.
+A *chain* is one slot of one document, head and sequence: the writes to it in time order. Chains never mix, so all of
+them advance together, one write each at a time. Their states live in one table whose rows are ordered by step: first
+the state that each chain starts from, then the states after every chain's first write, then after the second, and so
+on. Chains are sorted by length, longest first, so the chains still alive at a step are the first rows of the step
+before.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
 
 CACHED_CHAINS = 1024
 
@@ -60,8 +60,8 @@ class Plan:
     def spans(self) -> list[Span]:
         """The order in which the chains advance: a block of chains at a time, each from its first write to its last.
 
-        On a CPU a block's states fit the cache, which is worth several times the speed of taking all chains through each
-        step; a GPU takes all of them.
+        On a CPU a block's states fit the cache, which is worth several times the speed of taking all chains through
+        each step; a GPU takes all of them.
         """
         block = CACHED_CHAINS if self.event.device.type == "cpu" else max(self.chains, 1)
         return [

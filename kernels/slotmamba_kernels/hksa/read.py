@@ -26,8 +26,8 @@ class SlotRead(torch.autograd.Function):
         o, p = torch.empty_like(q), torch.empty_like(log_weight)
         for block in _blocks(len(q)):
             seen = rows(states, read_row[block])  # [block, K, 2, d]
-            scores = torch.einsum("rkd,rd->rk", seen[:, :, 0], q[block]) * (inverse_z[block] * scale) + log_weight[block]
-            p[block] = scores.softmax(-1)
+            similarity = torch.einsum("rkd,rd->rk", seen[:, :, 0], q[block]) * inverse_z[block] * scale
+            p[block] = (similarity + log_weight[block]).softmax(-1)
             o[block] = torch.einsum("rkd,rk->rd", seen[:, :, 1], p[block] * inverse_z[block])
         ctx.save_for_backward(q, states, read_row, inverse_z, p)
         return o
@@ -47,8 +47,8 @@ class SlotRead(torch.autograd.Function):
             similarity = torch.einsum("rkd,rd->rk", seen[:, :, 0], q[block]) * inverse * scale
             d_z[block] = -(d_scores[block] * similarity + p[block] * d_p) * inverse
 
-        # A read puts a rank-one adjoint on the state it saw: multiples of q on keys, of the output's gradient on values.
-        # Sorted by state and summed bag by bag: no atomics, so the result is the same every time.
+        # A read puts a rank-one adjoint on the state it saw: multiples of q on keys, of the output's gradient on
+        # values. Sorted by state and summed bag by bag: no atomics, so the result is the same every time.
         read, order = read_row.flatten().sort(stable=True)
         offsets = torch.searchsorted(read, torch.arange(len(states) + 1, device=read.device))
         token = order // read_row.shape[1]

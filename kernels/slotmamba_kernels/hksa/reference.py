@@ -70,9 +70,7 @@ def _select(condition: Tensor, yes: SlotState, no: SlotState) -> SlotState:
     def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(condition.view(-1, *[1] * (a.ndim - 1)), a, b)
 
-    return SlotState(
-        pick(yes.S_k, no.S_k), pick(yes.S_v, no.S_v), pick(yes.z, no.z), pick(yes.surprise, no.surprise)
-    )
+    return SlotState(pick(yes.S_k, no.S_k), pick(yes.S_v, no.S_v), pick(yes.z, no.z), pick(yes.surprise, no.surprise))
 
 
 def _rows(memory: Tensor, index: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The recurrences along the chains of a plan, each with a backward pass of its own.
 
-Written out by hand because autograd over thousands of small steps would keep every intermediate: here the forward pass keeps
-the states after each write and nothing else.
+Written out by hand because autograd over thousands of small steps would keep every intermediate: here the forward pass
+keeps the states after each write and nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def segment_sum(table: Tensor, index: Tensor, weights: Tensor | None = None, offsets: Tensor | None = None) -> Tensor:
-    """Sums of table rows [N, d] over bags: index [G, K], or index [N'] with offsets [G + 1]; weights as index -> [G, d]."""
+    """Sums of table rows [N, d] over bags, [G, d]: index [G, K], or [N'] with offsets [G + 1]; weights alike."""
     return F.embedding_bag(
         index, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=offsets is not None
     )
@@ -123,7 +123,8 @@ class WriteScan(torch.autograd.Function):
             d_decay[event] = (grad * state).sum((1, 2))
             adjoint[before].addcmul_(grad, decay[event].view(-1, 1, 1))
 
-        bags = ((plan.write_row - plan.chains).unsqueeze(1) * n + torch.arange(n, device=k.device).view(-1, 1)).flatten(0, 1)
+        writes = (plan.write_row - plan.chains).unsqueeze(1) * n  # [R, 1, K]
+        bags = (writes + torch.arange(n, device=k.device).view(-1, 1)).flatten(0, 1)
         d_k = segment_sum(d_k_event.flatten(0, 1), bags).view_as(k)
         d_u = segment_sum(d_u_event.view(events * n, -1), bags).view_as(u)
         return None, adjoint[: plan.chains], d_k, d_u, d_decay, d_step, d_keep, d_add

@@ -1,4 +1,4 @@
-"""HKSA vectorised over slots: sort the writes into chains, advance all chains one write at a time (hksa.md section 7)."""
+"""HKSA vectorised over slots: sort the writes into chains, then advance all chains one write at a time."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ def kronecker_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The K heaviest slots of a Kronecker product of softmaxes, and their weights (hksa.md section 1).
 
     The weight of slot (i_1, ..., i_U) is the product of the factors' softmax entries; its index is
-    sum_u i_u p^(U-u). Factors are merged one at a time and the best K partial sums of logarithms kept, which is exact: a
-    top-K product has top-K prefixes only. The weights are not renormalised. Gradient reaches the kept entries only.
+    sum_u i_u p^(U-u). Factors are merged one at a time and the best K partial sums of logarithms kept, which is exact:
+    a top-K product has top-K prefixes only. The weights are not renormalised. Gradient reaches the kept entries only.
 
     Args:
         logits: [..., U, p], any floating dtype, temperature applied.
