@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,6 +159,43 @@ def test_wrong_arguments_are_refused(change: dict[str, Any], message: str) -> No
 def test_mamba_ssm_missing_says_how_to_install_it() -> None:
     with pytest.raises(ValueError, match=r"slotmamba\[gpu\].*mamba-ssm"):
         ssd(**_inputs(dtype=torch.float32), backend="mamba_ssm")
+
+
+def _fake_mamba_ssm(folder: Path, imports: str) -> None:
+    """A package with mamba-ssm's folders, whose own code first imports a half of itself, then `imports`."""
+    (folder / "mamba_ssm/ops/triton").mkdir(parents=True)
+    (folder / "mamba_ssm/__init__.py").write_text(f"import mamba_ssm.ops\nimport {imports}\nloaded = True\n")
+    (folder / "mamba_ssm/ops/__init__.py").touch()
+    (folder / "mamba_ssm/ops/triton/__init__.py").touch()
+    (folder / "mamba_ssm/ops/triton/ssd_combined.py").write_text("def mamba_chunk_scan_combined(): pass\n")
+
+
+def _python(code: str, folder: Path) -> str:
+    """Runs code in a fresh interpreter that sees the packages in folder before any others; returns what it printed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", code], env=environment, check=True, capture_output=True, text=True
+    )
+    return done.stdout + done.stderr
+
+
+def test_mamba_ssm_built_without_its_cuda_scan_is_loaded(tmp_path: Path) -> None:
+    _fake_mamba_ssm(tmp_path, imports="selective_scan_cuda")
+    printed = _python(
+        "import sys\n"
+        "from slotmamba_kernels.ssd.mamba import mamba_installed\n"
+        "print(mamba_installed(), 'selective_scan_cuda' in sys.modules)\n"
+        "import mamba_ssm\n"
+        "print(mamba_ssm.loaded)",
+        tmp_path,
+    )
+    assert printed.split() == ["True", "False", "True"]
+
+
+def test_mamba_ssm_that_does_not_import_is_reported(tmp_path: Path) -> None:
+    _fake_mamba_ssm(tmp_path, imports="a_package_that_is_missing")
+    printed = _python("from slotmamba_kernels.ssd.mamba import mamba_installed; print(mamba_installed())", tmp_path)
+    assert "False" in printed and "does not import" in printed and "a_package_that_is_missing" in printed
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or not mamba_installed(), reason="needs CUDA and mamba-ssm")

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 HOW_TO_INSTALL = (
-    "install the extra `gpu` (pip install 'slotmamba[gpu]'), then mamba-ssm itself, which no extra can hold because "
-    "its build needs torch: MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE "
+    "install the extra `gpu` and transformers (pip install 'slotmamba[gpu]' transformers), then mamba-ssm itself, which "
+    "no extra can hold because its build needs torch: MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE "
     "pip install --no-deps --no-build-isolation mamba-ssm"
 )
 
@@ -49,7 +49,10 @@ def _load() -> Callable[..., Any]:
         if error.name != "selective_scan_cuda":
             raise
         # mamba-ssm 2.3.2.post1 imports the compiled scan of Mamba-1 even when it was built without it. Nothing here
-        # calls that scan, so an empty module in its place, for as long as the import takes, lets the rest load.
+        # calls that scan, so an empty module in its place, for as long as the import takes, lets the rest load. What
+        # the failed import left goes first: the second would build on it and never run the package's own code.
+        for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
+            del sys.modules[name]
         sys.modules["selective_scan_cuda"] = ModuleType("selective_scan_cuda")
         try:
             from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
