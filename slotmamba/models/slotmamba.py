@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from slotmamba.config.schema import ModelConfig
 from slotmamba.models.decoder import Decoder, DecoderState
 from slotmamba.models.encoder import Encoder
 from slotmamba.models.injection import EncoderMemory
+from slotmamba.sampling import generate
 
 IGNORED = -100  # label of a position without loss
 
@@ -21,7 +23,8 @@ class TokenLosses:
     """Losses of the N labelled positions of a batch, float32, not reduced.
 
     nll: [N] cross-entropy in nats; z: [N] squared log-partition; correct: [N] whether the likeliest token is the label;
-    row: [N] row of the batch; position: [N] position in the row; balance: the slot memories' balance term, a mean over rows.
+    row: [N] row of the batch; position: [N] position in the row; balance: the slot memories' balance term, a mean over
+        rows.
     """
 
     nll: Tensor
@@ -104,6 +107,10 @@ class SlotMambaForCausalLM(_SlotMamba):
         """State of `step` before the first token. Its size does not grow with the tokens, but for attention's cache."""
         return self.decoder.init_state(batch)
 
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Continues input_ids [B, T >= 1] by up to max_new_tokens; options as for `slotmamba.sampling.generate`."""
+        return generate(self, self.init_state(len(input_ids)), input_ids, max_new_tokens, **options)
+
 
 class SlotMambaForSeq2Seq(_SlotMamba):
     """Encoder-decoder: the encoder's output reaches the decoder by injection into its slots.
@@ -158,7 +165,25 @@ class SlotMambaForSeq2Seq(_SlotMamba):
             raise ValueError("decoding with an encoder starts from encoder_ids")
         return self.decoder.init_state(batch, self.encode(encoder_ids, encoder_valid))
 
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        *,
+        encoder_ids: Tensor,
+        encoder_valid: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Continues decoder input_ids [B, T >= 1], given encoder_ids [B, S]; options as for
+        `slotmamba.sampling.generate`."""
+        with torch.no_grad():
+            state = self.init_state(len(input_ids), encoder_ids, encoder_valid)
+        return generate(self, state, input_ids, max_new_tokens, **options)
 
-def build_model(config: ModelConfig) -> SlotMambaForCausalLM | SlotMambaForSeq2Seq:
+
+SlotMamba = SlotMambaForCausalLM | SlotMambaForSeq2Seq
+
+
+def build_model(config: ModelConfig) -> SlotMamba:
     """The model that a recipe's model section describes, with fresh weights from torch's random state."""
     return SlotMambaForSeq2Seq(config) if config.encoder_layers else SlotMambaForCausalLM(config)

@@ -1,0 +1,59 @@
+"""Runs as `slotmamba train` leaves them, made once: a recipe, a checkpoint and what they refer to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from slotmamba.checkpoint import CheckpointStore
+from slotmamba.config import Recipe, load_recipe, save_recipe
+from slotmamba.models import build_model
+from slotmamba.optim import build_optimizer
+from slotmamba_data import Tokenizer, build_text, train_tokenizer
+
+TEXT_RECIPE = """\
+name: text
+run_dir: {folder}/run
+model:
+  vocab_size: 640
+  d_model: 32
+  n_heads: 2
+  decoder_layers: 2
+  slots: {{factors: 2, factor_size: 4, top_k: 4, segment_len: 16}}
+data:
+  seq_len: 32
+  tokenizer: {folder}/tokenizer
+  sources: [{{name: text, shards: {folder}/shards/val}}]
+  validation: [{{name: text, shards: {folder}/shards/val}}]
+train: {{steps: 1, global_batch_tokens: 64, micro_batch: 2}}
+"""
+
+SaveRun = Callable[[Recipe], Path]
+
+
+@pytest.fixture(scope="session")
+def save_run() -> SaveRun:
+    def save(recipe: Recipe) -> Path:
+        """A run folder with a checkpoint of fresh weights."""
+        torch.manual_seed(recipe.seed)
+        model = build_model(recipe.model)
+        store = CheckpointStore(recipe.run_path, keep=1, model_config=recipe.model.model_dump(mode="json"))
+        store.save(1, model, build_optimizer(model, recipe.optim), {})
+        save_recipe(recipe, recipe.run_path / "recipe.yaml")
+        return recipe.run_path
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def text_run(save_run: SaveRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of fresh weights whose training and validation text are some 50 KiB of Jane Austen."""
+    folder = tmp_path_factory.mktemp("text")
+    train_tokenizer(["austen:val"], folder / "tokenizer", vocab_size=600)
+    tokenizer = Tokenizer(folder / "tokenizer")
+    build_text(["austen:val"], tokenizer, folder / "shards", document_bytes=2048, validation=0.1)
+    (folder / "text.yaml").write_text(TEXT_RECIPE.format(folder=folder))
+    return save_run(load_recipe(folder / "text.yaml"))
