@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 HOW_TO_INSTALL = (
-    "install the extra `gpu` and transformers (pip install 'slotmamba[gpu]' transformers), then mamba-ssm itself, which "
-    "no extra can hold because its build needs torch: MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE "
+    "install the extra `gpu` and transformers (pip install 'slotmamba[gpu]' transformers), then mamba-ssm itself, "
+    "which no extra can hold because its build needs torch: MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE "
     "pip install --no-deps --no-build-isolation mamba-ssm"
 )
 
