@@ -12,6 +12,9 @@ Surprise = tuple[Tensor, Tensor]
 Inject = tuple[Tensor, Tensor, Tensor, Tensor]
 """(c_k [B, T, H, K, d], c_v [B, T, H, K, d], lam_k [B, T, H, K], lam_v [B, T, H, K])."""
 
+# The arguments that all other shapes follow from.
+LAYOUTS = {"q": "B, T, H, d", "k": "B, T, H, n, d", "write_idx": "B, T, H, K", "read_idx": "B, T, H, K'"}
+
 
 def _require(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
@@ -27,23 +30,21 @@ def check_shapes(
     inject: Inject | None,
 ) -> None:
     """Raises ValueError unless the shapes are those of hksa.md's table, `named` holding the required arguments."""
-    if named["q"].ndim != 4 or named["k"].ndim != 5 or named["write_idx"].ndim != 4 or named["read_idx"].ndim != 4:
-        raise ValueError("hksa: expected q [B,T,H,d], k [B,T,H,n,d], write_idx and read_idx [B,T,H,K]")
+    for name, layout in LAYOUTS.items():
+        shape = tuple(named[name].shape)
+        if len(shape) != len(layout.split(", ")) or 0 in shape:
+            raise ValueError(f"hksa: {name} has shape {shape}, expected [{layout}], each at least 1")
     batch, length, heads, dim = named["q"].shape
-    if 0 in named["q"].shape:
-        raise ValueError(f"hksa: q has shape {tuple(named['q'].shape)}, expected every size to be at least 1")
     steps, writes, reads = named["k"].shape[3], named["write_idx"].shape[3], named["read_idx"].shape[3]
-    if steps == 0:
-        raise ValueError(f"hksa: k has shape {tuple(named['k'].shape)}, expected at least 1 Householder step")
+    for name, count in (("write_idx", writes), ("read_idx", reads)):
+        if count > num_slots:
+            raise ValueError(f"hksa: {name} has {count} active slots a token, more than num_slots={num_slots}")
     for name in ("k", "u_k", "u_v"):
         _require(name, named[name], (batch, length, heads, steps, dim))
     _require("beta", named["beta"], (batch, length, heads, steps))
     for name, count in (("write_idx", writes), ("write_w", writes), ("read_idx", reads), ("read_w", reads)):
         _require(name, named[name], (batch, length, heads, count))
     _require("gamma", named["gamma"], (heads,))
-    for name, count in (("write_idx", writes), ("read_idx", reads)):
-        if not 1 <= count <= num_slots:
-            raise ValueError(f"hksa: {name} has {count} active slots a token, expected 1 to num_slots={num_slots}")
     if state is not None:
         _require("state.S_k", state.S_k, (batch, heads, num_slots, dim))
         _require("state.S_v", state.S_v, (batch, heads, num_slots, dim))
