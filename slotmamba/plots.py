@@ -43,7 +43,7 @@ def plot_run(run_dir: Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     written = []
     for name, draw in plots.items():
-        image = _render(run_dir.resolve().name, draw)
+        image = render(run_dir.resolve().name, "optimizer step", draw)
         if image is not None:
             path = folder / f"{name}.png"
             write_bytes(path, image)
@@ -51,7 +51,7 @@ def plot_run(run_dir: Path) -> list[Path]:
     return written
 
 
-def _render(title: str, draw: Callable[[Axes], None]) -> bytes | None:
+def render(title: str, xlabel: str, draw: Callable[[Axes], None]) -> bytes | None:
     """PNG of the lines that ``draw`` puts on the axes; None when there are none."""
     # A figure of its own draws with Agg: no display, no state left behind. Imported late, for it takes long.
     from matplotlib.figure import Figure
@@ -62,7 +62,7 @@ def _render(title: str, draw: Callable[[Axes], None]) -> bytes | None:
     if not axes.lines:
         return None
     axes.set_title(title)
-    axes.set_xlabel("optimizer step")
+    axes.set_xlabel(xlabel)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[1]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from slotmamba.models import SlotMamba
     from slotmamba.models.decoder import DecoderState
-    from slotmamba.models.slotmamba import SlotMambaForCausalLM, SlotMambaForSeq2Seq
-
-    Model: TypeAlias = SlotMambaForCausalLM | SlotMambaForSeq2Seq
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -69,7 +67,7 @@ def sample(
 
 @torch.no_grad()
 def generate_tokens(
-    model: Model,
+    model: SlotMamba,
     state: DecoderState,
     input_ids: Tensor,
     *,
@@ -105,7 +103,7 @@ def generate_tokens(
 
 
 def generate(
-    model: Model,
+    model: SlotMamba,
     state: DecoderState,
     input_ids: Tensor,
     max_new_tokens: int,

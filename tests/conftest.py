@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from slotmamba.checkpoint import CheckpointStore
 from slotmamba.config import Recipe, load_recipe, save_recipe
 from slotmamba.models import build_model
 from slotmamba.optim import build_optimizer
-from slotmamba_data import Tokenizer, build_text, train_tokenizer
+from slotmamba_data import Tokenizer, build_text, open_text, train_tokenizer
 
 TEXT_RECIPE = """\
 name: text
@@ -26,9 +27,9 @@ model:
 data:
   seq_len: 32
   tokenizer: {folder}/tokenizer
-  sources: [{{name: text, shards: {folder}/shards/val}}]
-  validation: [{{name: text, shards: {folder}/shards/val}}]
-train: {{steps: 1, global_batch_tokens: 64, micro_batch: 2}}
+  sources: [{{name: text, shards: {folder}/shards}}]
+  validation: [{{name: text, shards: {folder}/shards}}]
+train: {{steps: 1, global_batch_tokens: 512, micro_batch: 16}}
 """
 
 SaveRun = Callable[[Recipe], Path]
@@ -50,10 +51,12 @@ def save_run() -> SaveRun:
 
 @pytest.fixture(scope="session")
 def text_run(save_run: SaveRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of fresh weights whose training and validation text are some 50 KiB of Jane Austen."""
+    """A run of fresh weights whose training and validation text are four documents of 1 KiB by Jane Austen."""
     folder = tmp_path_factory.mktemp("text")
     train_tokenizer(["austen:val"], folder / "tokenizer", vocab_size=600)
     tokenizer = Tokenizer(folder / "tokenizer")
-    build_text(["austen:val"], tokenizer, folder / "shards", document_bytes=2048, validation=0.1)
+    documents = islice(open_text("austen:val", document_bytes=1024), 4)
+    (folder / "text.txt").write_text("".join(documents), newline="")
+    build_text([folder / "text.txt"], tokenizer, folder / "shards", document_bytes=1024)
     (folder / "text.yaml").write_text(TEXT_RECIPE.format(folder=folder))
     return save_run(load_recipe(folder / "text.yaml"))

@@ -223,7 +223,11 @@ def variant(text_run: Path, folder: Path, changes: dict[str, Any]) -> Recipe:
 
 
 def test_an_encoder_decoder_reads_the_prompt(text_run: Path, save_run: Any, tmp_path: Path) -> None:
-    changes = {"model": {"encoder_layers": 1, "decoder_inject_layers": [0, 1]}}
+    recall = {"form": "seq2seq", "vocab_size": 64, "settings": [{"length": 8, "pairs": 4}]}
+    changes = {
+        "model": {"encoder_layers": 1, "decoder_inject_layers": [0, 1]},
+        "data": {"sources": [{"name": "recall", "kind": "mqar", "mqar": recall}], "validation": []},
+    }
     run = save_run(variant(text_run, tmp_path, changes))
     first = "".join(pieces(run, "She was", temperature=1.0))
     assert first and first != "".join(pieces(run, "They were", temperature=1.0))

@@ -1,0 +1,52 @@
+"""Measuring trained models: `slotmamba evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from slotmamba.checkpoint import find_checkpoint, load_model, recipe_path
+from slotmamba.config import load_recipe
+from slotmamba.device import choose_device
+from slotmamba.evaluate import perplexity, recall
+from slotmamba.files import write_bytes, write_json
+from slotmamba.models import SlotMambaForCausalLM, SlotMambaForSeq2Seq
+
+SUITES: dict[str, Callable[..., recall.RecallReport | perplexity.PerplexityReport]] = {
+    "recall": recall.evaluate,
+    "perplexity": perplexity.evaluate,
+}
+
+
+def run(checkpoint: Path | str, suite: str) -> int:
+    """Measures a checkpoint with a suite, prints a table, writes RUN_DIR/evaluation; returns the exit code 0.
+
+    Args:
+        checkpoint: a run folder (its newest checkpoint) or a checkpoint.
+        suite: "recall" or "perplexity"; the file written is SUITE.json, and for recall SUITE.png.
+
+    Raises:
+        ValueError: no such suite, no checkpoint, a suite that does not fit the run, or data that are not there.
+        DamagedCheckpointError: the checkpoint is not as it was written.
+        OSError: the results cannot be written.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"suite {suite!r} is not known: expected one of {', '.join(SUITES)}")
+    path = find_checkpoint(Path(checkpoint))
+    recipe_file = recipe_path(path)
+    recipe = load_recipe(recipe_file)
+    device = choose_device("auto", "device")
+    model = load_model(path, device)
+    assert isinstance(model, SlotMambaForCausalLM | SlotMambaForSeq2Seq)
+    report = SUITES[suite](model, recipe, device)
+
+    print(f"{recipe.name}, {path.resolve().name}: {suite}\n\n{report.text()}\n")
+    folder = recipe_file.parent / "evaluation"
+    folder.mkdir(exist_ok=True)
+    results = {"checkpoint": path.resolve().name, **report.as_json()}
+    write_json(folder / f"{suite}.json", results)
+    print(folder / f"{suite}.json")
+    if isinstance(report, recall.RecallReport):
+        write_bytes(folder / f"{suite}.png", report.plot(f"{recipe.name}, {path.resolve().name}"))
+        print(folder / f"{suite}.png")
+    return 0

@@ -1,0 +1,198 @@
+"""Recall on the published MQAR test settings, by setting and by the gap between a value and the query for it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from slotmamba.batch import mqar_spec
+from slotmamba.config.schema import Recipe, SourceConfig
+from slotmamba.device import compute_precision
+from slotmamba.models import SlotMamba
+from slotmamba.plots import render
+from slotmamba.tables import table
+from slotmamba_data import PUBLISHED_TEST, MQARSamples, MQARSetting, MQARSpec, ShardFolder, generate_mqar
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SAMPLES = 1000  # of each setting, as published
+
+
+@dataclass(frozen=True)
+class GapRecall:
+    """Recall at queries whose gap, in tokens from the value to the query, is at least `first` and less than `past`."""
+
+    first: int
+    past: int
+    answers: int
+    recall: float
+
+
+@dataclass(frozen=True)
+class SettingRecall:
+    """Recall at one setting: the share of queries whose likeliest token, of the whole vocabulary, is the value.
+
+    trained: whether training has samples as long, and samples with as many pairs; gaps: buckets [2^i, 2^(i+1)) with
+    queries.
+    """
+
+    length: int
+    pairs: int
+    trained: bool
+    recall: float
+    gaps: tuple[GapRecall, ...]
+
+
+@dataclass(frozen=True)
+class RecallReport:
+    """spec: the samples; settings: results; left_out: published settings whose pairs the vocabulary has no keys for."""
+
+    spec: MQARSpec
+    samples: int
+    settings: tuple[SettingRecall, ...]
+    left_out: tuple[MQARSetting, ...]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean([setting.recall for setting in self.settings]))
+
+    def as_json(self) -> dict[str, Any]:
+        spec = {name: getattr(self.spec, name) for name in ("form", "vocab_size", "fillers", "power")}
+        return {
+            "mqar": spec,
+            "samples_per_setting": self.samples,
+            "mean": self.mean,
+            "settings": [asdict(setting) for setting in self.settings],
+            "left_out": [{"length": each.length, "pairs": each.pairs} for each in self.left_out],
+        }
+
+    def text(self) -> str:
+        buckets = sorted({(gap.first, gap.past) for setting in self.settings for gap in setting.gaps})
+        rows = []
+        for setting in self.settings:
+            by_gap = {gap.first: f"{gap.recall:.3f}" for gap in setting.gaps}
+            name = f"{setting.length} tokens, {setting.pairs} pairs{'' if setting.trained else ' *'}"
+            rows.append((name, f"{setting.recall:.3f}", *(by_gap.get(first, "") for first, _ in buckets)))
+        header = ("setting", "recall", *(f"gap {first}-{past - 1}" for first, past in buckets))
+        lines = [
+            table(header, rows),
+            f"mean of {len(self.settings)} settings: {self.mean:.3f} ({self.samples} samples each, "
+            f"vocabulary {self.spec.vocab_size}, fillers {self.spec.fillers}, form {self.spec.form})",
+        ]
+        if not all(setting.trained for setting in self.settings):
+            lines.append("* longer or with more pairs than anything in training")
+        if self.left_out:
+            names = ", ".join(f"({each.length}, {each.pairs})" for each in self.left_out)
+            lines.append(
+                f"not measured, as the vocabulary has {self.spec.num_keys} keys only: (length, pairs) {names}; "
+                "the mean is not the published one"
+            )
+        return "\n".join(lines)
+
+    def plot(self, title: str) -> bytes:
+        """PNG of recall over the gap, one curve a setting."""
+
+        def draw(axes: Axes) -> None:
+            for setting in self.settings:
+                centres = [(gap.first * gap.past) ** 0.5 for gap in setting.gaps]
+                label = f"{setting.length} tokens, {setting.pairs} pairs: {setting.recall:.3f}"
+                axes.plot(centres, [gap.recall for gap in setting.gaps], marker="o", markersize=4, label=label)
+            axes.set_xscale("log", base=2)
+            axes.set_ylim(-0.02, 1.02)
+            axes.set_ylabel("recall (share of answers that are right)")
+
+        image = render(title, "tokens from value to query", draw)
+        assert image is not None
+        return image
+
+
+def evaluate(model: SlotMamba, recipe: Recipe, device: torch.device, samples: int = SAMPLES) -> RecallReport:
+    """Recall on those of the seven published test settings that the vocabulary has keys for, on fresh samples.
+
+    Vocabulary, fillers and form are those of the run's first recall source. A run without one is asked with the
+    published vocabulary.
+
+    Raises:
+        ValueError: the model's vocabulary is smaller than that of the samples, or too small for any setting.
+    """
+    spec = _spec(recipe)
+    if spec.vocab_size > recipe.model.vocab_size:
+        raise ValueError(
+            f"recall samples have a vocabulary of {spec.vocab_size} tokens, the model of {recipe.name} has "
+            f"{recipe.model.vocab_size}: recall is for runs with a source of kind mqar, or a vocabulary that large"
+        )
+    settings = [setting for setting in PUBLISHED_TEST if setting.pairs <= spec.num_keys]
+    if not settings:
+        raise ValueError(
+            f"the recall samples of {recipe.name} have {spec.num_keys} keys, fewer than any published setting needs"
+        )
+    return RecallReport(
+        spec=replace(spec, settings=tuple(settings)),
+        samples=samples,
+        settings=tuple(_measure(model, recipe, spec, setting, samples, device) for setting in settings),
+        left_out=tuple(setting for setting in PUBLISHED_TEST if setting not in settings),
+    )
+
+
+def _spec(recipe: Recipe) -> MQARSpec:
+    """The samples of the run's first recall source, else the published ones."""
+    for source in (*recipe.data.validation, *recipe.data.sources):
+        if source.kind == "mqar":
+            return _source_spec(source)
+    return MQARSpec(PUBLISHED_TEST, form="seq2seq" if recipe.model.encoder_layers else "decoder")
+
+
+def _source_spec(source: SourceConfig) -> MQARSpec:
+    if source.mqar is not None:
+        return mqar_spec(source.mqar)
+    assert source.shards is not None
+    folder = ShardFolder(source.shards)
+    content = folder.manifest.about.get("spec")
+    if content is None:
+        raise ValueError(f"source {source.name!r}: {folder.path} does not say what samples it holds; build it again")
+    settings = tuple(MQARSetting(**setting) for setting in content["settings"])
+    return MQARSpec(**(content | {"settings": settings}))
+
+
+def _measure(
+    model: SlotMamba, recipe: Recipe, spec: MQARSpec, setting: MQARSetting, samples: int, device: torch.device
+) -> SettingRecall:
+    # As many tokens at once as in training.
+    batch = max(1, recipe.train.micro_batch * recipe.data.seq_len // setting.length)
+    gaps, right = [], []
+    for first in range(0, samples, batch):
+        numbers = np.arange(first, min(first + batch, samples))
+        drawn = generate_mqar(spec, setting, numbers, seed=recipe.seed, stream="evaluation")
+        gaps.append(drawn.gaps.ravel())
+        right.append(_right(model, drawn, device, recipe.train.precision).ravel())
+    seen = [each for source in recipe.data.sources if source.kind == "mqar" for each in _source_spec(source).settings]
+    trained = any(each.length >= setting.length for each in seen) and any(each.pairs >= setting.pairs for each in seen)
+    all_gaps, all_right = np.concatenate(gaps), np.concatenate(right)
+    return SettingRecall(setting.length, setting.pairs, trained, float(all_right.mean()), _by_gap(all_gaps, all_right))
+
+
+@torch.no_grad()
+def _right(model: SlotMamba, samples: MQARSamples, device: torch.device, precision: str) -> np.ndarray:
+    """Whether the likeliest token at each query is the value, bool [n, queries] as `samples.queries`."""
+    inputs = {"input_ids": samples.tokens, "labels": samples.labels}
+    if samples.encoder is not None:
+        inputs["encoder_ids"] = samples.encoder
+    with compute_precision(device, precision):
+        losses = model.losses(**{name: torch.from_numpy(array).to(device) for name, array in inputs.items()})
+    right = np.zeros(samples.tokens.shape, dtype=bool)
+    right[losses.row.cpu(), losses.position.cpu()] = losses.correct.cpu()
+    return np.take_along_axis(right, samples.queries, axis=1)
+
+
+def _by_gap(gaps: np.ndarray, right: np.ndarray) -> tuple[GapRecall, ...]:
+    """Buckets of gaps from one power of two to the next."""
+    exponents = np.log2(gaps).astype(int)
+    buckets = []
+    for exponent in map(int, np.unique(exponents)):
+        here = right[exponents == exponent]
+        buckets.append(GapRecall(2**exponent, 2 ** (exponent + 1), len(here), float(here.mean())))
+    return tuple(buckets)

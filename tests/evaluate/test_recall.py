@@ -1,0 +1,134 @@
+"""The recall suite: against logits read one by one, and against a model that knows which answers it gets right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import slotmamba
+from slotmamba.config import Recipe
+from slotmamba.evaluate import recall, run
+from slotmamba.models import build_model
+from slotmamba.models.slotmamba import IGNORED, TokenLosses
+from slotmamba.train import train
+from slotmamba_data import PUBLISHED_TEST, MQARSetting, MQARSpec, build_mqar, generate_mqar
+
+CPU = torch.device("cpu")
+
+
+def recipe_of(folder: Path, mqar: dict[str, Any] | None = None, **model: Any) -> Recipe:
+    """Vocabulary 64 has 16 keys, enough for three of the seven settings."""
+    mqar = {"settings": [{"length": 32, "pairs": 4}, {"length": 128, "pairs": 8}], "vocab_size": 64} | (mqar or {})
+    slots = {"factors": 2, "factor_size": 4, "top_k": 2, "segment_len": 64}
+    return Recipe.model_validate(
+        {
+            "name": "recall",
+            "run_dir": str(folder / "run"),
+            "model": {"vocab_size": 64, "d_model": 16, "n_heads": 1, "decoder_layers": 1, "slots": slots} | model,
+            "data": {"seq_len": 128, "sources": [{"name": "recall", "kind": "mqar", "mqar": mqar}]},
+            "train": {"steps": 2, "global_batch_tokens": 4096, "micro_batch": 32},
+        }
+    )
+
+
+class Knows(torch.nn.Module):
+    """Right exactly where the value is fewer than `reach` tokens before the query."""
+
+    def __init__(self, reach: int) -> None:
+        super().__init__()
+        self.reach = reach
+
+    def losses(self, input_ids: Tensor, labels: Tensor) -> TokenLosses:
+        row, position = (labels != IGNORED).nonzero(as_tuple=True)
+        right = []
+        for b, t in zip(row.tolist(), position.tolist(), strict=True):
+            stored = input_ids[b].tolist().index(int(labels[b, t]))  # values are nowhere else, fillers being outside
+            right.append(t - stored < self.reach)
+        zeros = torch.zeros(len(right))
+        return TokenLosses(zeros, zeros, torch.tensor(right), row, position, zeros.sum())
+
+
+def test_gaps_belong_to_their_queries(tmp_path: Path) -> None:
+    report = recall.evaluate(Knows(reach=16), recipe_of(tmp_path), CPU, samples=40)
+    assert [(each.length, each.pairs) for each in report.settings] == [(64, 4), (64, 8), (64, 16)]
+    for setting in report.settings:
+        assert sum(gap.answers for gap in setting.gaps) == 40 * setting.pairs
+        assert {gap.recall for gap in setting.gaps if gap.past <= 16} == {1.0}
+        assert {gap.recall for gap in setting.gaps if gap.first >= 16} == {0.0}
+        right = sum(gap.answers for gap in setting.gaps if gap.past <= 16)
+        assert setting.recall == pytest.approx(right / (40 * setting.pairs), abs=1e-12)
+    assert report.mean == pytest.approx(np.mean([setting.recall for setting in report.settings]))
+    assert [(each.length, each.pairs) for each in report.left_out] == [(128, 32), (256, 64), (512, 128), (1024, 256)]
+    assert [setting.trained for setting in report.settings] == [True, True, False]
+
+
+def test_recall_is_the_share_of_queries_whose_likeliest_token_is_the_value(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tie_embeddings=False)  # tied weights would mostly repeat the query
+    torch.manual_seed(0)
+    model = build_model(recipe.model).eval()
+    torch.nn.init.normal_(model.output.weight)
+    report = recall.evaluate(model, recipe, CPU, samples=50)
+    spec = MQARSpec((MQARSetting(64, 16),), vocab_size=64)
+    samples = generate_mqar(spec, spec.settings[0], np.arange(50), seed=0, stream="evaluation")
+    with torch.no_grad():
+        likeliest = model(torch.from_numpy(samples.tokens)).argmax(-1).numpy()
+    right = sum(
+        likeliest[b, t] == samples.labels[b, t] for b in range(50) for t in range(64) if samples.labels[b, t] != IGNORED
+    )
+    assert report.settings[2].recall == pytest.approx(right / (50 * 16), abs=1e-12)
+    assert right > 0
+
+
+def test_an_encoder_decoder(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, {"form": "seq2seq"}, encoder_layers=1, decoder_inject_layers=[0])
+    report = recall.evaluate(build_model(recipe.model).eval(), recipe, CPU, samples=4)
+    assert report.spec.form == "seq2seq"
+    assert [sum(gap.answers for gap in setting.gaps) for setting in report.settings] == [16, 32, 64]
+
+
+def test_stored_samples_say_what_they_are(tmp_path: Path) -> None:
+    spec = MQARSpec((MQARSetting(64, 4),), vocab_size=80, fillers="any")
+    build_mqar(spec, [3], tmp_path / "shards")
+    recipe = recipe_of(tmp_path)
+    stored = {"name": "stored", "kind": "mqar", "shards": str(tmp_path / "shards")}
+    content = recipe.model_dump(mode="json")
+    content["data"]["sources"] = [stored]
+    content["model"]["vocab_size"] = 80
+    recipe = Recipe.model_validate(content)
+    report = recall.evaluate(build_model(recipe.model).eval(), recipe, CPU, samples=2)
+    assert (report.spec.vocab_size, report.spec.fillers) == (80, "any")
+    assert [(each.length, each.pairs) for each in report.settings] == [(64, 4), (64, 8), (64, 16), (128, 32)]
+
+
+def test_a_run_without_recall_data_needs_the_published_vocabulary(text_run: Path) -> None:
+    with pytest.raises(ValueError, match=r"vocabulary of 8192 tokens, the model of text has 640: .* kind mqar"):
+        run(text_run, "recall")
+
+
+def test_too_few_keys_for_any_setting(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, {"vocab_size": 36, "settings": [{"length": 8, "pairs": 2}]})
+    with pytest.raises(ValueError, match="have 2 keys, fewer than any"):
+        recall.evaluate(build_model(recipe.model), recipe, CPU)
+
+
+@pytest.mark.slow
+def test_the_suite_on_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of(tmp_path)
+    assert train(recipe) == 0
+    capsys.readouterr()
+    assert run(tmp_path / "run", "recall") == 0
+    printed = capsys.readouterr().out
+    assert "64 tokens, 16 pairs *" in printed and "mean of 3 settings" in printed and "the published one" in printed
+    results = json.loads((tmp_path / "run" / "evaluation" / "recall.json").read_text())
+    assert results["checkpoint"] == "step-00000002" and results["samples_per_setting"] == 1000
+    direct = recall.evaluate(slotmamba.load(tmp_path / "run"), recipe, CPU)
+    assert results["mean"] == direct.mean and len(results["settings"]) == 3
+    assert len(results["settings"]) + len(results["left_out"]) == len(PUBLISHED_TEST)
+    image = (tmp_path / "run" / "evaluation" / "recall.png").read_bytes()
+    assert image.startswith(b"\x89PNG") and len(image) > 10_000
