@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slotmamba_data.build import build_mqar, build_text
-    from slotmamba_data.mqar import PUBLISHED_TEST, PUBLISHED_TRAIN, MQARSamples, MQARSetting, MQARSpec, generate_mqar
+    from slotmamba_data.mqar import PUBLISHED_TEST, PUBLISHED_TRAIN, MQARSamples, generate_mqar
+    from slotmamba_data.mqar_spec import MQARSetting, MQARSpec
     from slotmamba_data.packing import DocumentPart, Row
     from slotmamba_data.plan import Plan, PlanReader, check_fingerprint, open_plan
     from slotmamba_data.shard_reader import ShardFolder, verify
@@ -25,8 +26,8 @@ _MODULE_OF = {
     "PUBLISHED_TRAIN": "mqar",
     "DocumentPart": "packing",
     "MQARSamples": "mqar",
-    "MQARSetting": "mqar",
-    "MQARSpec": "mqar",
+    "MQARSetting": "mqar_spec",
+    "MQARSpec": "mqar_spec",
     "Plan": "plan",
     "PlanReader": "plan",
     "Row": "packing",

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from slotmamba_data.manifest import Manifest
-from slotmamba_data.mqar import MQARSetting, MQARSpec, generate_mqar
+from slotmamba_data.mqar import generate_mqar
+from slotmamba_data.mqar_spec import MQARSetting, MQARSpec
 from slotmamba_data.shards import SHARD_BYTES, ShardWriter
 from slotmamba_data.text import DOCUMENT_BYTES, open_text
 from slotmamba_data.tokenizer import Tokenizer

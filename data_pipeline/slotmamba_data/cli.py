@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slotmamba_data.mqar import MQARSetting
+    from slotmamba_data.mqar_spec import MQARSetting
 
 _INPUT_HELP = "UTF-8 text or .jsonl file (plain, .xz or .gz), or austen:train, austen:val, austen:test; repeatable"
 
@@ -158,7 +158,7 @@ def _build_text(args: argparse.Namespace) -> int:
 
 def _build_recall(args: argparse.Namespace) -> int:
     from slotmamba_data.build import build_mqar
-    from slotmamba_data.mqar import MQARSpec
+    from slotmamba_data.mqar_spec import MQARSpec
 
     if not args.setting:
         raise ValueError("building recall samples needs --setting LENGTH:PAIRS:COUNT, e.g. --setting 64:4:1000")
@@ -174,7 +174,7 @@ def _build_recall(args: argparse.Namespace) -> int:
 
 
 def _parse_setting(word: str) -> tuple[MQARSetting, int]:
-    from slotmamba_data.mqar import MQARSetting
+    from slotmamba_data.mqar_spec import MQARSetting
 
     try:
         length, pairs, count = map(int, word.split(":"))

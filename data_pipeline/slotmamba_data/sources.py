@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from slotmamba_data.manifest import Manifest
-from slotmamba_data.mqar import MQARSamples, MQARSpec, generate_mqar
+from slotmamba_data.mqar import MQARSamples, generate_mqar
+from slotmamba_data.mqar_spec import MQARSpec
 from slotmamba_data.packing import DocumentPart, Row, RowPacker
 from slotmamba_data.randomness import derive_key, permutation
 from slotmamba_data.schedule import Schedule

@@ -12,6 +12,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from slotmamba_data import mqar_spec
+
 # A name becomes part of file names and metric names.
 Name = Annotated[
     str,
@@ -172,6 +174,17 @@ class MQARConfig(Section):
         0.01, gt=0, description="Exponent of the power law of query gaps; small means close to the pairs."
     )
 
+    @property
+    def spec(self) -> mqar_spec.MQARSpec:
+        """The same as the data pipeline takes it; raises ValueError where no such samples exist."""
+        settings = tuple(mqar_spec.MQARSetting(each.length, each.pairs, each.weight) for each in self.settings)
+        return mqar_spec.MQARSpec(settings, self.vocab_size, self.form, self.fillers, self.power)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _ = self.spec
+        return self
+
 
 class SourceConfig(Section):
     name: Name = Field(description="Name in logs and metrics.")
@@ -307,13 +320,19 @@ class Recipe(Section):
                 f"optim.warmup={self.optim.warmup} is more than the {self.train.total_steps} steps of the run"
             )
         for source in (*self.data.sources, *self.data.validation):
-            self._check_mqar(source)
+            self._check_source(source)
         return self
 
-    def _check_mqar(self, source: SourceConfig) -> None:
+    def _check_source(self, source: SourceConfig) -> None:
+        where = f"source {source.name!r}"
+        if source.kind == "lm" and self.model.encoder_layers:
+            raise ValueError(
+                f"{where} of kind lm has nothing for the encoder to read: set model.encoder_layers=0, "
+                "or use seq2seq sources of kind mqar"
+            )
         if source.mqar is None:
             return
-        mqar, where = source.mqar, f"source {source.name!r}"
+        mqar = source.mqar
         if mqar.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"{where}: mqar.vocab_size={mqar.vocab_size} is more than model.vocab_size={self.model.vocab_size}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,45 @@ def test_impossible_combination(folder: Path, override: str, message: str) -> No
     with pytest.raises(RecipeError) as caught:
         load_recipe("base.yaml", [override])
     assert str(caught.value) == f"base.yaml with overrides: {message}"
+
+
+RECALL = "data.sources.0={name: recall, kind: mqar, shards: null, mqar: "
+RECALL += "{vocab_size: 64, settings: [{length: 32, pairs: 8}]}}"
+SEQ2SEQ = [
+    "model.encoder_layers=1",
+    "model.ssm.head_dim=16",
+    "model.decoder_inject_layers=[0]",
+    RECALL.replace("vocab_size: 64", "vocab_size: 64, form: seq2seq"),
+]
+SAMPLES = [
+    ([RECALL, "data.sources.0.mqar.settings.0.pairs=9"], "data.sources.0.mqar: mqar setting of length 32 with 9 pairs: "
+     "the length must be at least 4 times the pairs, 36"),
+    ([RECALL, "data.sources.0.mqar.vocab_size=40"], "data.sources.0.mqar: mqar setting of length 32 with 8 pairs: "
+     "mqar.vocab_size=40 has only 4 keys, expected at least 48"),
+    ([RECALL, "data.sources.0.mqar.vocab_size=256"], "source 'recall': mqar.vocab_size=256 is more than "
+     "model.vocab_size=128"),
+    ([RECALL, "data.seq_len=16"], "source 'recall': samples of 32 tokens do not fit rows of data.seq_len=16 tokens"),
+    ([RECALL, "data.sources.0.mqar.form=seq2seq"], "source 'recall': mqar.form=seq2seq goes with an encoder, "
+     "mqar.form=decoder without one, not mqar.form=seq2seq with model.encoder_layers=0"),
+    ([*SEQ2SEQ, "data.sources.0.mqar.fillers=any"], "data.sources.0.mqar: mqar.fillers=any has no meaning in the "
+     "seq2seq form, which has no fillers"),
+    (SEQ2SEQ, "source 'code' of kind lm has nothing for the encoder to read: set model.encoder_layers=0, or use "
+     "seq2seq sources of kind mqar"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "message"), SAMPLES)
+def test_samples_that_training_would_refuse(folder: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("base.yaml", overrides)
+    assert str(caught.value) == f"base.yaml with overrides: {message}"
+
+
+def test_validating_recall_samples_needs_no_numpy(folder: Path) -> None:
+    script = f"import sys; from slotmamba.config import load_recipe; load_recipe('base.yaml', [{RECALL!r}]); "
+    script += "print(*sorted({'numpy', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
 
 
 FILES = [

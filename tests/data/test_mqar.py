@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from slotmamba_data import PUBLISHED_TEST, PUBLISHED_TRAIN, MQARSamples, MQARSetting, MQARSpec, generate_mqar
-from slotmamba_data.mqar import BOS, EOS, FIRST_FILLER, FIRST_KEY, IGNORE
+from slotmamba_data.mqar import BOS, EOS, IGNORE
+from slotmamba_data.mqar_spec import FIRST_FILLER, FIRST_KEY
 
 
 def samples(spec: MQARSpec, numbers: list[int], setting: int = 0, seed: int = 0, stream: str = "s") -> MQARSamples:
