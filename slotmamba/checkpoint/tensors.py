@@ -51,7 +51,10 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         with _without_single_process_warning():
             load(dict(tensors), storage_reader=FileSystemReader(folder), no_dist=True)
     except CheckpointException as error:
-        reason = str(_cause(error)).splitlines()[0]
+        cause = _cause(error)
+        if not isinstance(cause, Exception):  # Ctrl-C says nothing about the checkpoint
+            raise cause from None
+        reason = str(cause).splitlines()[0]
         raise DamagedCheckpointError(f"{folder}: torch {torch.__version__} cannot read the tensors: {reason}") from None
 
 
