@@ -1,4 +1,4 @@
-"""Rows of the data plan as tensors, and the recipe's sources as the plan's."""
+"""Rows of the data plan as tensors, the recipe's sources as the plan's, and whether data and model fit together."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slotmamba.config.schema import MQARConfig, SourceConfig
+from slotmamba.config.schema import MQARConfig, Recipe, SourceConfig
 from slotmamba.models.slotmamba import IGNORED
-from slotmamba_data import MQARSetting, MQARSpec, Row, Source
+from slotmamba_data import MQARSpec, Plan, Row, Source, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -85,5 +85,34 @@ def plan_source(config: SourceConfig) -> Source:
 
 
 def mqar_spec(config: MQARConfig) -> MQARSpec:
-    settings = tuple(MQARSetting(setting.length, setting.pairs, setting.weight) for setting in config.settings)
-    return MQARSpec(settings, config.vocab_size, config.form, config.fillers, config.power)
+    return config.spec
+
+
+def check_data(recipe: Recipe, plans: Sequence[Plan]) -> None:
+    """Checks what only the data can tell: that the model can take them.
+
+    Raises:
+        ValueError: the model has no embedding for a token, the shards are not all of one tokenizer, the recipe's, or a
+            source has encoder tokens for a model without encoder, or none for one with it.
+    """
+    largest = max(plan.vocab_size for plan in plans)
+    if largest > recipe.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={recipe.model.vocab_size}, but the data have tokens up to {largest - 1}: "
+            f"set it to {largest} or more"
+        )
+    digests = {digest for plan in plans for digest in plan.tokenizers}
+    if recipe.data.tokenizer is not None:
+        digests.add(Tokenizer(recipe.data.tokenizer).digest)
+    if len(digests) > 1:
+        raise ValueError(
+            "data.tokenizer, the training and the validation shards are not of one tokenizer: "
+            "build them with the same one"
+        )
+    for plan in plans:
+        for index, source in enumerate(plan.sources):
+            if (plan.encoder_length(index) is not None) != (recipe.model.encoder_layers > 0):
+                raise ValueError(
+                    f"source {source.name!r}: samples of the seq2seq form go with an encoder, all others without one, "
+                    f"not with model.encoder_layers={recipe.model.encoder_layers}"
+                )

@@ -50,14 +50,21 @@ class MetricsLog:
         except OSError as error:
             raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, repeated: str | None = None) -> None:
         """Drop the records of later steps, and a torn last line: what a run resumed after ``step`` steps would repeat.
+
+        Args:
+            repeated: kind of record that it will write for ``step`` itself, too.
 
         Raises:
             ValueError: as `read_metrics`.
             OSError: the file could not be rewritten; it keeps its old content.
         """
-        records = [record for record in read_metrics(self.path) if record["step"] <= step]
+        records = [
+            record
+            for record in read_metrics(self.path)
+            if record["step"] < step or (record["step"] == step and (repeated is None or record["kind"] != repeated))
+        ]
         write_bytes(self.path, "".join(json.dumps(record) + "\n" for record in records).encode())
         self.close()
         self._descriptor = _open(self.path)

@@ -8,7 +8,11 @@ from typing import Any, Self
 
 
 class StopFlag:
-    """While entered, the first SIGINT or SIGTERM only sets `requested` for the loop to see; a second interrupts."""
+    """While entered, SIGINT and SIGTERM only set `requested`; the loop saves and ends.
+
+    Another SIGINT raises KeyboardInterrupt: someone does not want to wait. Another SIGTERM does nothing: job schedulers
+    send it more than once, and the save under way is what the first one was for.
+    """
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -29,6 +33,7 @@ class StopFlag:
         return self.requested is not None
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None:
+        if self.requested is None:
+            self.requested = signal.Signals(number).name
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name

@@ -6,7 +6,7 @@ import fcntl
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from slotmamba.allocator import keep_freed_memory
-from slotmamba.batch import Batch, labelled, plan_source
+from slotmamba.batch import Batch, check_data, labelled, plan_source
 from slotmamba.checkpoint import CheckpointStore
 from slotmamba.config import save_recipe
 from slotmamba.config.schema import Recipe
+from slotmamba.device import choose_device, compute_precision
 from slotmamba.environment import describe_environment
 from slotmamba.errors import TrainingError
 from slotmamba.evaluate.validation import Validation
@@ -31,7 +32,7 @@ from slotmamba.progress import Progress
 from slotmamba.schedule import learning_rate
 from slotmamba.signals import StopFlag
 from slotmamba.tracking import Tracker
-from slotmamba_data import PlanReader, Row, Tokenizer, open_plan
+from slotmamba_data import PlanReader, Row, open_plan
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +46,14 @@ def train(recipe: Recipe) -> int:
         TrainingError: the loss or gradient is not finite and the recipe says to stop.
         OSError: the run folder cannot be written; the checkpoints before are untouched.
     """
-    device = _device(recipe)
+    device = choose_device(recipe.train.device, "train.device")
     if device.type == "cpu":
         keep_freed_memory()
     run_dir = recipe.run_path
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(run_dir), StopFlag() as stop:
-        trainer = Trainer(recipe, device)
-        try:
-            return trainer.run(stop)
-        finally:
-            trainer.close()
+    with StopFlag() as stop, _locked(run_dir), closing(Trainer(recipe, device)) as trainer:
+        trainer.run(stop)
+    return 0
 
 
 @dataclass(frozen=True)
@@ -81,57 +79,64 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.plan = open_plan([plan_source(source) for source in recipe.data.sources], recipe.data.seq_len, recipe.seed)
         self.validation = Validation(recipe)
-        _check_vocabulary(recipe, [self.plan, *self.validation.plans])
+        check_data(recipe, [self.plan, *self.validation.plans])
         self.store = CheckpointStore(self.run_dir, recipe.train.checkpoint.keep, recipe.model.model_dump(mode="json"))
         self.step = 0
         self.reader = PlanReader(self.plan)
         self.labelled_tokens = 0
         self.skips_in_a_row = 0
-        self.saved_step: int | None = None
-        tracker_state = self._resume()
-        save_recipe(recipe, self.run_dir / "recipe.yaml")
-        write_json(self.run_dir / "environment.json", describe_environment())
-        self.metrics = MetricsLog(self.run_dir / "metrics.jsonl")
-        self.metrics.truncate_after(self.step)
-        self.tracker = Tracker(recipe, self.run_dir, tracker_state)
+        self.validation_due = False  # a validation was given up when the run was asked to stop
+        self.tracker_state: dict[str, Any] | None = None
+        self.saved: tuple[int, bool] | None = None
+        self._resume()
 
-    def _resume(self) -> dict[str, Any] | None:
-        """Goes on from the newest checkpoint, if there is one; returns the tracker's state."""
+    def _resume(self) -> None:
+        """Goes on from the newest checkpoint, if there is one."""
         self.store.clean()
         found = self.store.load_latest(self.model, self.optimizer)
         if found is None:
-            return None
+            return
         self.step, progress = found
-        self.saved_step = self.step
         self.reader = PlanReader.from_state(self.plan, progress["data"])
         self.labelled_tokens = progress["labelled_tokens"]
         self.skips_in_a_row = progress["skips_in_a_row"]
-        return progress["tracker"]
+        self.validation_due = progress["validation_due"]
+        self.tracker_state = progress["tracker"]
+        self.saved = self.step, self.validation_due
 
-    def close(self) -> None:
-        self.metrics.close()
-        self.tracker.close()
-        self.plan.close()
-
-    def run(self, stop: StopFlag) -> int:
+    def run(self, stop: StopFlag) -> None:
+        """Trains until all is done or `stop` is set. Where all is done already, nothing in the run folder changes."""
         recipe, total = self.recipe, self.recipe.train.total_steps
-        if self.step >= total:
+        if self.step >= total and not self.validation_due:
             print(f"{recipe.name}: already finished, {self.step} of {total} steps are done: {self.run_dir}", flush=True)
-            return 0
-        with Progress(total, self.step) as progress:
+            return
+        with self._records(), Progress(total, self.step) as progress:
             progress.message(self._opening())
             self._loop(total, stop, progress)
             self._save()
-            if self.step < total:
+            if self.step < total or self.validation_due:
                 progress.message(
                     f"{stop.requested}: saved at step {self.step} of {total}; the same command resumes: {self.run_dir}"
                 )
-                return 0
+                return
             plots = plot_run(self.run_dir)
             progress.message(f"{recipe.name}: finished {total} steps: {self.run_dir}")
             for plot in plots:
                 progress.message(f"  {plot}")
-        return 0
+
+    def close(self) -> None:
+        self.plan.close()
+        self.validation.close()
+
+    @contextmanager
+    def _records(self) -> Iterator[None]:
+        """The files and sinks that record the run."""
+        save_recipe(self.recipe, self.run_dir / "recipe.yaml")
+        write_json(self.run_dir / "environment.json", describe_environment())
+        with closing(MetricsLog(self.run_dir / "metrics.jsonl")) as self.metrics:
+            self.metrics.truncate_after(self.step, repeated="validation" if self.validation_due else None)
+            with closing(Tracker(self.recipe, self.run_dir, self.tracker_state)) as self.tracker:
+                yield
 
     def _opening(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -140,6 +145,8 @@ class Trainer:
 
     def _loop(self, total: int, stop: StopFlag, progress: Progress) -> None:
         settings = self.recipe.train
+        if self.validation_due:
+            self._validate(stop, progress)
         clock, logged_step = time.monotonic(), self.step
         while self.step < total and not stop:
             lr = learning_rate(self.recipe.optim, self.step, total)
@@ -240,6 +247,7 @@ class Trainer:
 
     def _validate(self, stop: StopFlag, progress: Progress) -> None:
         records = self.validation.run(self.model, self.device, self._autocast, stop.__bool__)
+        self.validation_due = records is None
         for record in records or []:
             self._log({"kind": "validation", "step": self.step, **record}, progress)
 
@@ -249,50 +257,22 @@ class Trainer:
         progress.update(self.step, record)
 
     def _save(self) -> None:
-        """Saves unless the checkpoint of this very step is there already."""
-        if self.saved_step == self.step:
+        """Saves unless the checkpoint of this very state is there already."""
+        if self.saved == (self.step, self.validation_due):
             return
         self.metrics.sync()
         progress = {
             "data": self.reader.state(),
             "labelled_tokens": self.labelled_tokens,
             "skips_in_a_row": self.skips_in_a_row,
+            "validation_due": self.validation_due,
             "tracker": self.tracker.state(),
         }
         self.store.save(self.step, self.model, self.optimizer, progress)
-        self.saved_step = self.step
+        self.saved = self.step, self.validation_due
 
     def _autocast(self) -> AbstractContextManager[object]:
-        if self.recipe.train.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-
-def _device(recipe: Recipe) -> torch.device:
-    wanted = recipe.train.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device=cuda: torch finds no CUDA GPU here; use train.device=cpu or auto")
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
-
-
-def _check_vocabulary(recipe: Recipe, plans: list[Any]) -> None:
-    """The model must have an embedding for every token, and decode them with the tokenizer that made them."""
-    largest = max(plan.vocab_size for plan in plans)
-    if largest > recipe.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={recipe.model.vocab_size}, but the data have tokens up to {largest - 1}: "
-            f"set it to {largest} or more"
-        )
-    digests = {digest for plan in plans for digest in plan.tokenizers}
-    if recipe.data.tokenizer is not None:
-        digests.add(Tokenizer(recipe.data.tokenizer).digest)
-    if len(digests) > 1:
-        raise ValueError(
-            "data.tokenizer, the training and the validation shards are not of one tokenizer: "
-            "build them with the same one"
-        )
+        return compute_precision(self.device, self.recipe.train.precision)
 
 
 @contextmanager

@@ -41,6 +41,11 @@ class Validation:
     def plans(self) -> list[Plan]:
         return [part.plan for part in self._parts]
 
+    def close(self) -> None:
+        """Closes the files; they open again when needed."""
+        for plan in self.plans:
+            plan.close()
+
     @torch.no_grad()
     def run(
         self,

@@ -49,6 +49,16 @@ def test_truncate_after(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
+def test_truncate_after_drops_the_kind_that_will_be_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    records = [{"step": step, "kind": kind} for step in (1, 2, 3) for kind in ("train", "validation", "validation")]
+    for record in records:
+        log.write(record)
+    log.truncate_after(2, repeated="validation")
+    assert read_metrics(path) == records[:4]
+
+
 def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2}')
