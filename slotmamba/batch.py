@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slotmamba.config.schema import MQARConfig, Recipe, SourceConfig
+from slotmamba.config.schema import Recipe, SourceConfig
 from slotmamba.models.slotmamba import IGNORED
-from slotmamba_data import MQARSpec, Plan, Row, Source, Tokenizer
+from slotmamba_data import Plan, Row, Source, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,8 @@ def labelled(rows: Sequence[Row]) -> int:
 
 def plan_source(config: SourceConfig) -> Source:
     """A recipe's source as the data plan takes it."""
-    mqar = None if config.mqar is None else mqar_spec(config.mqar)
+    mqar = None if config.mqar is None else config.mqar.spec
     return Source(name=config.name, kind=config.kind, weight=config.weight, shards=config.shards, mqar=mqar)
-
-
-def mqar_spec(config: MQARConfig) -> MQARSpec:
-    return config.spec
 
 
 def check_data(recipe: Recipe, plans: Sequence[Plan]) -> None:

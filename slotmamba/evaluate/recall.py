@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from slotmamba.batch import mqar_spec
 from slotmamba.config.schema import Recipe, SourceConfig
 from slotmamba.device import compute_precision
 from slotmamba.models import SlotMamba
@@ -148,7 +147,7 @@ def _spec(recipe: Recipe) -> MQARSpec:
 
 def _source_spec(source: SourceConfig) -> MQARSpec:
     if source.mqar is not None:
-        return mqar_spec(source.mqar)
+        return source.mqar.spec
     assert source.shards is not None
     folder = ShardFolder(source.shards)
     content = folder.manifest.about.get("spec")
