@@ -33,13 +33,16 @@ def hksa_torch(
     """See `slotmamba_kernels.hksa`; the arguments are checked and of the state's dtype."""
     num_slots = state.z.shape[-1]
     plan = make_plan(write_idx, read_idx, num_slots, doc_start)
-    heads = q.shape[2]
-    k, beta = k.flatten(0, 2), beta.flatten(0, 2)
-    u = torch.stack([u_k, u_v], -2).flatten(0, 2)  # [R, n, 2, d]
+    k, u = k.flatten(0, 2), torch.stack([u_k, u_v], -2).flatten(0, 2)  # [R, n, d], [R, n, 2, d]
 
-    w = rows(write_w.flatten(), plan.event)
-    decay = torch.exp(_by_head(gamma, plan, heads) * torch.log1p(-w.clamp(max=MAX_DECAY_WEIGHT)))
-    step = w.unsqueeze(-1) * rows(beta, plan.token)
+    # What depends on the token and its slot alone is computed here, [B, T, H, K], and put in table order by `_ordered`,
+    # where every entry moves once. Looking per-token or per-head values up by event would sum their gradients with
+    # atomics on a GPU.
+    per_head = (1, 1, -1, 1)
+    decay = torch.exp(gamma.view(per_head) * torch.log1p(-write_w.clamp(max=MAX_DECAY_WEIGHT)))
+    step = write_w.unsqueeze(-1) * beta.unsqueeze(-2)
+    w, decay, step = _ordered(write_w, plan), _ordered(decay, plan), _ordered(step, plan)
+
     z = AffineScan.apply(plan, _initial(state.z, plan, 1.0 / num_slots), decay, w)
     keep, add = _injection(inject, plan, w, z)
     memory = torch.stack([state.S_k, state.S_v], -2)  # [B, H, M, 2, d]
@@ -50,11 +53,12 @@ def hksa_torch(
 
     surprised = _started(state.surprise, plan, 0.0)
     if surprise is not None:
-        a_s, eta = (_by_head(x, plan, heads) for x in surprise)
-        error_k, error_v = _prediction_errors(states, z, beta, u, plan)
-        rate = (1 - eta) * w
+        a_s, eta = (x.view(per_head) for x in surprise)
+        error_k, error_v = _prediction_errors(states, z, beta.flatten(0, 2), u, plan).view(*write_w.shape, 2).unbind(-1)
+        rate = (1 - eta) * write_w
         error = a_s * error_k + (1 - a_s) * error_v
-        scores = AffineScan.apply(plan, _initial(state.surprise, plan, 0.0), 1 - rate, rate * error)
+        keep_rate, news = _ordered(1 - rate, plan), _ordered(rate * error, plan)
+        scores = AffineScan.apply(plan, _initial(state.surprise, plan, 0.0), keep_rate, news)
         surprised = _final(state.surprise, scores, plan, 0.0)
 
     left = _final(memory, states, plan, 0.0)
@@ -62,9 +66,9 @@ def hksa_torch(
     return o.view_as(q), leaving
 
 
-def _by_head(x: Tensor, plan: Plan, heads: int) -> Tensor:
-    """A per-head parameter [H] for each write [E], in table order."""
-    return rows(x, plan.token % heads)
+def _ordered(x: Tensor, plan: Plan) -> Tensor:
+    """x [B, T, H, K, ...] for each write, in table order: [E, ...]."""
+    return rows(x.flatten(0, 3), plan.event)
 
 
 def _initial(memory: Tensor, plan: Plan, empty: float) -> Tensor:
@@ -89,19 +93,22 @@ def _injection(inject: Inject | None, plan: Plan, w: Tensor, z: Tensor) -> tuple
     if inject is None:
         return None, None
     c_k, c_v, lam_k, lam_v = inject
-    c = rows(torch.stack([c_k, c_v], -2).flatten(0, 3), plan.event)
-    lam = rows(torch.stack([lam_k, lam_v], -1).flatten(0, 3), plan.event)
+    c = _ordered(torch.stack([c_k, c_v], -2), plan)
+    lam = _ordered(torch.stack([lam_k, lam_v], -1), plan)
     lam = torch.where(w.unsqueeze(-1) > 0, lam, 0)  # padding injects nothing
     return 1 - lam, (lam * z[plan.chains :].unsqueeze(-1)).unsqueeze(-1) * c
 
 
 @torch.no_grad()
-def _prediction_errors(states: Tensor, z: Tensor, beta: Tensor, u: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Mean squared distance of each written slot, before the write, from what is written, [E] each: a measurement."""
+def _prediction_errors(states: Tensor, z: Tensor, beta: Tensor, u: Tensor, plan: Plan) -> Tensor:
+    """Mean squared distance of each written slot, before the write, from what is written: a measurement.
+
+    Returns [R, K, 2], of key and of value memory.
+    """
     total = beta.sum(1).clamp(min=MIN_BETA_SUM)
     mean = torch.einsum("rn,rncd->rcd", beta, u) / total.view(-1, 1, 1)
     errors = states.new_empty(len(plan.token), 2)
     for before, _, event in plan.spans():
         held = states[before] / z[before].view(-1, 1, 1)
         errors[event] = (held - rows(mean, plan.token[event])).square().mean(-1)
-    return errors[:, 0], errors[:, 1]
+    return rows(errors, plan.write_row - plan.chains)
