@@ -209,8 +209,9 @@ class SlotMemory(nn.Module):
         if valid is None:
             mean = probabilities.mean(1)
         else:
+            # Not a matrix product, which autocast would round to bfloat16.
             weight = valid.float() / valid.sum(1, keepdim=True).clamp(min=1)
-            mean = torch.einsum("bthup,bt->bhup", probabilities, weight)
+            mean = (probabilities * weight.view(*valid.shape, 1, 1, 1)).sum(1)
         entropy = -(mean * (mean + 1e-9).log()).sum(-1)
         return (math.log(self.config.factor_size) - entropy).sum(-1).mean()
 

@@ -160,11 +160,13 @@ def _scatter_some(x: Tensor, values: tuple[float, ...]) -> None:
     x.copy_(torch.where(torch.rand(x.shape) < 1 / 3, drawn, x))
 
 
-def assert_equal_to(want: dict[str, Tensor], got: dict[str, Tensor], tolerance: float = 1e-10) -> None:
-    """Every tensor to `tolerance` times the largest magnitude in the wanted one (or 1e-6, where that is less)."""
+def assert_equal_to(
+    want: dict[str, Tensor], got: dict[str, Tensor], tolerance: float = 1e-10, least: float = 1e-6
+) -> None:
+    """Every tensor to `tolerance` times the largest magnitude in the wanted one, or times `least` if that is less."""
     assert got.keys() == want.keys()
     for name, expected in want.items():
         assert got[name].dtype == expected.dtype and got[name].shape == expected.shape, name
-        scale = max(1e-6, float(expected.detach().abs().max()))
+        scale = max(least, float(expected.detach().abs().max()))
         difference = float((got[name] - expected).detach().abs().max())
         assert difference <= tolerance * scale, f"{name}: off by {difference:.2e}, largest entry {scale:.2e}"

@@ -77,7 +77,8 @@ def test_reference_gradients_by_finite_differences(documents: bool, inject: bool
                 step[i] = 1e-6
                 above, below = (case.with_tensors(**{name: x + sign * step.view_as(x)}) for sign in (1, -1))
                 want[name].view(-1)[i] = (loss(above) - loss(below)) / 2e-6
-    assert_equal_to(want, case.gradients("reference"), 1e-6)
+    # A difference of two losses of some tens, over 2e-6, is good to about 1e-9, however small the derivative.
+    assert_equal_to(want, case.gradients("reference"), 1e-6, least=0.1)
 
 
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
