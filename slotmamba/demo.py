@@ -1,6 +1,6 @@
 """`make demo`: trains on synthetic recall and on real text, on this machine's CPU, and checks that both were learned.
 
-It runs the same commands that a user would type, prints them, and leaves everything they wrote behind. Run again, it finds
+It runs the commands that a user would type, prints them, and leaves everything they wrote behind. Run again, it finds
 the trained models and only reports.
 """
 
@@ -80,20 +80,13 @@ def _prepare_text() -> bool:
         "data", "tokenizer", "--input", "austen:train", "--vocab-size", "2048", "--output", str(TOKENIZER)
     ):
         return False
-    return all(
-        (AUSTEN / split / "manifest.json").exists()
-        or _run(
-            "data",
-            "build",
-            "--input",
-            f"austen:{split}",
-            "--tokenizer",
-            str(TOKENIZER),
-            "--output",
-            str(AUSTEN / split),
-        )
-        for split in ("train", "val")
-    )
+    for split in ("train", "val"):
+        folder, text = AUSTEN / split, f"austen:{split}"
+        if not (folder / "manifest.json").exists() and not _run(
+            "data", "build", "--input", text, "--tokenizer", str(TOKENIZER), "--output", str(folder)
+        ):
+            return False
+    return True
 
 
 def _last(name: str, key: str) -> float:
