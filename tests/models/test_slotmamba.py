@@ -217,6 +217,17 @@ def _recording_first(function: Any, calls: list[Tensor]) -> Any:
 
 
 @torch.no_grad()
+def test_autocast_does_not_round_the_balance_term() -> None:
+    seed_afresh()
+    memory = decoder_only().decoder.layers[0].slots
+    logits = torch.randn(2, LENGTH, 2, 3, 2)
+    for valid in (None, torch.arange(LENGTH) < torch.tensor([[LENGTH], [5]])):
+        balance = memory._imbalance(logits, valid)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(memory._imbalance(logits, valid), balance)
+
+
+@torch.no_grad()
 def test_autocast_losses_are_close_to_those_in_float32() -> None:
     torch.manual_seed(0)
     model = decoder_only()
