@@ -195,6 +195,9 @@ def _missing_package(error: ModuleNotFoundError) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; ``--help`` leaves through SystemExit(0), as argparse does."""
+    # Read when torch loads OpenMP, that is, in the handlers. A thread that spins while it waits for one that has lost
+    # its core makes training on a busy machine ten times slower (docs/lab-log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         args = _parse(argv)
         code: int = args.handler(args)
