@@ -107,7 +107,7 @@ class SlotMemory(nn.Module):
         Returns:
             y [B, T, C]; the memory at the end of each segment; the balance term, a scalar.
         """
-        write_logits = self.write_address(x).float()
+        write_logits = _float32(self.write_address, x)
         if self.write_conv is not None:
             write_logits = self.write_conv(write_logits, doc_start)
         inputs, balance = self._inputs(x, write_logits, valid)
@@ -175,7 +175,7 @@ class SlotMemory(nn.Module):
         per_head = (batch, length, self.heads, self.dim)
         per_step = (batch, length, self.heads, self.config.householder_steps, self.dim)
         write_logits = self._address_logits(write_logits, 0)
-        read_logits = self._address_logits(self.read_address(x).float(), 1)
+        read_logits = self._address_logits(_float32(self.read_address, x), 1)
         write_idx, write_w = kronecker_topk(write_logits, self.config.top_k)
         read_idx, read_w = kronecker_topk(read_logits, self.config.top_k)
         if valid is not None:
@@ -216,7 +216,15 @@ class SlotMemory(nn.Module):
         return (math.log(self.config.factor_size) - entropy).sum(-1).mean()
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        return self.out_proj(self.norm(o).flatten(2) * F.silu(self.gate_proj(x)))
+        return self.out_proj(self.norm(o.to(self.norm.weight.dtype)).flatten(2) * F.silu(self.gate_proj(x)))
+
+
+def _float32(linear: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in the precision of its parameters, under autocast too: addresses choose slots, and one token must
+    choose the same ones however it is computed."""
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = linear(x.to(linear.weight.dtype))
+    return y
 
 
 def _shift(doc_start: Tensor | None, span: slice) -> Tensor | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from slotmamba_kernels.dtypes import state_dtype
-from slotmamba_kernels.hksa.arguments import Inject, Surprise, check_shapes
+from slotmamba_kernels.hksa.arguments import Inject, Surprise, check_arguments
 from slotmamba_kernels.hksa.reference import hksa_reference
 from slotmamba_kernels.hksa.state import SlotState
 from slotmamba_kernels.hksa.vectorized import hksa_torch
@@ -61,7 +61,7 @@ def hksa(
         o [B, T, H, d] in q's dtype, and the memory after the last token, of the document alive there.
 
     Raises:
-        ValueError: an unknown backend, or shapes that do not fit together.
+        ValueError: an unknown backend, shapes that do not fit, or (looked for on a CPU) slots that do not exist.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"hksa: unknown backend {backend!r}, expected one of auto, {', '.join(BACKENDS)}")
@@ -69,7 +69,7 @@ def hksa(
         "q": q, "k": k, "u_k": u_k, "u_v": u_v, "beta": beta, "write_idx": write_idx, "write_w": write_w,
         "read_idx": read_idx, "read_w": read_w, "gamma": gamma,
     }  # fmt: skip
-    check_shapes(named, num_slots, state, doc_start, surprise, inject)
+    check_arguments(named, num_slots, state, doc_start, surprise, inject)
     dtype = state_dtype(q)
     if state is None:
         batch, _, heads, dim = q.shape

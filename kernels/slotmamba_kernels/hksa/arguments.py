@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from slotmamba_kernels.hksa.state import SlotState
@@ -21,7 +22,21 @@ def _require(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"hksa: {name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
-def check_shapes(
+def _require_integers(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise ValueError(f"hksa: {name} has dtype {tensor.dtype}, expected integers")
+
+
+def _require_slots(name: str, index: Tensor, num_slots: int) -> None:
+    """A slot that does not exist would be written into another head's memory. On a GPU looking would stall it."""
+    _require_integers(name, index)
+    if index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < num_slots:
+        raise ValueError(
+            f"hksa: {name} has slots from {int(index.min())} to {int(index.max())}, expected 0 to {num_slots - 1}"
+        )
+
+
+def check_arguments(
     named: dict[str, Tensor],
     num_slots: int,
     state: SlotState | None,
@@ -29,7 +44,7 @@ def check_shapes(
     surprise: Surprise | None,
     inject: Inject | None,
 ) -> None:
-    """Raises ValueError unless the shapes are those of hksa.md's table, `named` holding the required arguments."""
+    """Raises ValueError unless the arguments are as hksa.md's table says, `named` holding the required ones."""
     for name, layout in LAYOUTS.items():
         shape = tuple(named[name].shape)
         if len(shape) != len(layout.split(", ")) or 0 in shape:
@@ -39,6 +54,7 @@ def check_shapes(
     for name, count in (("write_idx", writes), ("read_idx", reads)):
         if count > num_slots:
             raise ValueError(f"hksa: {name} has {count} active slots a token, more than num_slots={num_slots}")
+        _require_slots(name, named[name], num_slots)
     for name in ("k", "u_k", "u_v"):
         _require(name, named[name], (batch, length, heads, steps, dim))
     _require("beta", named["beta"], (batch, length, heads, steps))
@@ -52,6 +68,7 @@ def check_shapes(
         _require("state.surprise", state.surprise, (batch, heads, num_slots))
     if doc_start is not None:
         _require("doc_start", doc_start, (batch, length))
+        _require_integers("doc_start", doc_start)
     if surprise is not None:
         _require("surprise a_s", surprise[0], (heads,))
         _require("surprise eta", surprise[1], (heads,))
