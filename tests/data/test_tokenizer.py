@@ -83,7 +83,7 @@ def test_training_is_reproducible_and_reported(tmp_path: Path, model_type: str) 
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(lines * 20))
     reports = [
-        train_tokenizer([corpus], tmp_path / name, vocab_size=284, model_type=model_type)  # type: ignore[arg-type]
+        train_tokenizer([corpus], tmp_path / name, vocab_size=284, model_type=model_type)
         for name in ("a", "b")
     ]
     assert reports[0] == reports[1]

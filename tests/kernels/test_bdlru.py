@@ -128,4 +128,4 @@ def test_bfloat16_inputs_are_computed_in_float32(backend: str) -> None:
 def test_wrong_arguments_are_refused(change: dict[str, Tensor | str], message: str) -> None:
     arguments = {"v": torch.zeros(2, 5, 4), "gates": torch.zeros(2, 5, 2, 2, 3), **change}
     with pytest.raises(ValueError, match=message):
-        bdlru(**arguments)  # type: ignore[arg-type]
+        bdlru(**arguments)
