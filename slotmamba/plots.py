@@ -95,9 +95,8 @@ def _draw_recall(axes: Axes, validation: Records) -> None:
     for name in sources:
         records = [record for record in validation if record["source"] == name]
         for key in keys:
-            length, pairs = _setting(key)
             prefix = f"{name}: " if len(sources) > 1 else ""
-            _line(axes, records, key, label=f"{prefix}{length} tokens, {pairs} pairs", marker="o")
+            _line(axes, records, key, label=prefix + _setting(key)[-1], marker="o")
     axes.set_ylim(-0.02, 1.02)
     axes.set_ylabel("recall (share of answers that are right)")
 
@@ -127,7 +126,9 @@ def _sources(records: Records) -> list[str]:
     return list(dict.fromkeys(record["source"] for record in records))
 
 
-def _setting(key: str) -> tuple[int, int]:
-    """Length and pairs of ``recall/64x4``."""
-    length, pairs = key.removeprefix("recall/").split("x")
-    return int(length), int(pairs)
+def _setting(key: str) -> tuple[int, int, str]:
+    """Length, pairs and label of ``recall/64x4``; of samples from shards there is ``recall/all`` only."""
+    if key == "recall/all":
+        return 0, 0, "all samples"
+    length, pairs = map(int, key.removeprefix("recall/").split("x"))
+    return length, pairs, f"{length} tokens, {pairs} pairs"

@@ -278,7 +278,7 @@ class Trainer:
 @contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
     """Holds the run folder for this process: two that train in it would prune each other's checkpoints."""
-    with (run_dir / ".lock").open("w") as lock:
+    with (run_dir / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

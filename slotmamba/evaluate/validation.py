@@ -54,7 +54,8 @@ class Validation:
         autocast: Callable[[], AbstractContextManager[object]],
         stop: Callable[[], bool] = lambda: False,
     ) -> list[dict[str, float | str]] | None:
-        """One record a source: loss in nats a token, bits_per_token, and recall/LENGTHxPAIRS of recall sources.
+        """One record a source: loss in nats a token, bits_per_token, recall/LENGTHxPAIRS of generated
+        recall samples, recall/all of those from shards.
 
         `stop` is asked between batches; once it holds the measurement is given up and the result is None.
         """
