@@ -51,11 +51,11 @@ def save_run() -> SaveRun:
 
 @pytest.fixture(scope="session")
 def text_run(save_run: SaveRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of fresh weights whose training and validation text are four documents of 1 KiB by Jane Austen."""
+    """A run of fresh weights whose training and validation text are two documents of 1 KiB by Jane Austen."""
     folder = tmp_path_factory.mktemp("text")
     train_tokenizer(["austen:val"], folder / "tokenizer", vocab_size=600)
     tokenizer = Tokenizer(folder / "tokenizer")
-    documents = islice(open_text("austen:val", document_bytes=1024), 4)
+    documents = islice(open_text("austen:val", document_bytes=1024), 2)
     (folder / "text.txt").write_text("".join(documents), newline="")
     build_text([folder / "text.txt"], tokenizer, folder / "shards", document_bytes=1024)
     (folder / "text.yaml").write_text(TEXT_RECIPE.format(folder=folder))

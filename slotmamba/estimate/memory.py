@@ -21,7 +21,8 @@ FLOAT, INDEX = 4, 8  # bytes of a float32 and an int64
 class Memory:
     """Bytes.
 
-    parameters, gradients: float32; optimizer: AdamW's two float32 moments; activations: of one micro-batch, by part;
+    parameters, gradients: float32; optimizer: AdamW's two float32 moments; autocast: the weights in bfloat16, which
+    autocast makes once a micro-batch; activations: of one micro-batch, by part;
     boundary_states: of the slot memory at the ends of segments, kept for the backward pass, one micro-batch;
     decoding_state: of one sequence, whatever its length; decoding_per_token: what attention's cache adds a token.
     """
@@ -29,6 +30,7 @@ class Memory:
     parameters: int
     gradients: int
     optimizer: int
+    autocast: int
     activations: dict[str, float]
     boundary_states: int
     decoding_state: int
@@ -37,7 +39,7 @@ class Memory:
     @property
     def training(self) -> float:
         """All that a training process holds at its peak, but for Python, PyTorch and the data pipeline."""
-        kept = self.parameters + self.gradients + self.optimizer
+        kept = self.parameters + self.gradients + self.optimizer + self.autocast
         return kept + sum(self.activations.values()) + self.boundary_states
 
 
@@ -50,6 +52,7 @@ def memory(recipe: Recipe, parameters: int) -> Memory:
         parameters=FLOAT * parameters,
         gradients=FLOAT * parameters,
         optimizer=2 * FLOAT * parameters,
+        autocast=_rounded(parameters, matrix),
         activations=per_token,
         boundary_states=rows * _boundaries(config, row) * config.decoder_layers * slot_state(config),
         decoding_state=_decoding_state(config, row),
@@ -137,21 +140,24 @@ def _rounded(numbers: int, matrix: int) -> int:
 
 
 def _slot_memory(config: ModelConfig, row: RowShape, matrix: int) -> float:
-    """Addresses (entries a head, K indices a factor), q, k, u_k, u_v before and after their norms, the states after
-    each of the K writes, numbers and indices of each write and read, and the gated output."""
+    """Addresses (entries a head, K indices a factor), q, k, u_k, u_v before and after their norms (which autocast makes
+    in float32), the states after each of the K writes and, for each segment, those of the touched slots before and
+    after it, numbers and indices of each write and read, and the gated output."""
     slots, width, heads = config.slots, config.d_model, config.n_heads
     active, steps = slots.top_k, slots.householder_steps
     entries = heads * slots.factors * slots.factor_size
     addresses = FLOAT * entries * (slots.address_conv + 6) + 2 * heads * active * (INDEX * slots.factors + FLOAT)
     vectors = matrix * width * (1 + 2 * steps) + FLOAT * width * (1 + 3 * steps)
-    states = FLOAT * 2 * width * active + _starting_states(config, row)
+    if matrix < FLOAT:
+        vectors += FLOAT * width * (1 + steps)
+    states = FLOAT * 2 * width * active + 2 * _touched_states(config, row)
     events = heads * active * (7 * INDEX + FLOAT * (20 + 2 * steps))
     output = 5 * FLOAT * width + _rounded(width, matrix)
     return _entry(width, matrix) + addresses + vectors + states + events + output
 
 
-def _starting_states(config: ModelConfig, row: RowShape) -> float:
-    """The states that the touched slots of a segment start from, by token: at most all slots, at most one an event."""
+def _touched_states(config: ModelConfig, row: RowShape) -> float:
+    """The states of the slots that a segment touches, by token: at most all slots, at most one an event."""
     segment = min(config.slots.segment_len, row.tokens)
     touched = min(config.slots.num_slots, 2 * config.slots.top_k * segment)
     return FLOAT * 2 * config.d_model * touched / segment

@@ -62,6 +62,7 @@ def _memory(found: Estimate, micro_batch: int) -> str:
         ("parameters (float32)", memory.parameters),
         ("gradients (float32)", memory.gradients),
         ("optimizer state (AdamW, two float32 moments)", memory.optimizer),
+        ("weights in bfloat16 (autocast)", memory.autocast),
         (activations, sum(memory.activations.values())),
         *(("  " + part, number) for part, number in memory.activations.items()),
         ("slot states at segment ends", memory.boundary_states),

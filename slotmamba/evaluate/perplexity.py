@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from slotmamba.batch import plan_source
+from slotmamba.batch import check_data, plan_source
 from slotmamba.config.schema import Recipe, SourceConfig
 from slotmamba.device import compute_precision
 from slotmamba.errors import SlotMambaError
@@ -121,19 +122,14 @@ def _measure(
     model: SlotMamba, recipe: Recipe, config: SourceConfig, tokenizer: Tokenizer | None, device: torch.device
 ) -> SourcePerplexity:
     source = plan_source(config)
-    plan = open_plan([source], recipe.data.seq_len, recipe.seed, split="validation")
-    if plan.vocab_size > recipe.model.vocab_size:
-        raise ValueError(
-            f"source {source.name!r} has a vocabulary of {plan.vocab_size} tokens, the model {recipe.model.vocab_size}"
-        )
-    if tokenizer is not None and plan.tokenizers != {tokenizer.digest}:
-        raise ValueError(f"source {source.name!r} was not made with the tokenizer {tokenizer.path} of data.tokenizer")
+    with closing(open_plan([source], recipe.data.seq_len, recipe.seed, split="validation")) as plan:
+        check_data(recipe, [plan])
+        rows = plan.describe()[0].contents.rows_per_epoch
+    assert rows is not None
     counts = _label_counts(source)
     tokens, size = int(counts.sum()), None
     if tokenizer is not None:
         size = int(counts @ [len(tokenizer.token_bytes(token)) for token in range(len(counts))])
-    rows = plan.describe()[0].contents.rows_per_epoch
-    assert rows is not None
     loss = _loss(model, recipe, config, rows, device)
     bits = loss / math.log(2)
     return SourcePerplexity(
@@ -152,8 +148,8 @@ def _loss(model: SlotMamba, recipe: Recipe, source: SourceConfig, rows: int, dev
     """Mean loss in nats over the first rows of a source."""
     data = recipe.data.model_copy(update={"validation": [source]})
     train = recipe.train.model_copy(update={"eval_rows": rows})
-    validation = Validation(recipe.model_copy(update={"data": data, "train": train}))
-    records = validation.run(model, device, lambda: compute_precision(device, recipe.train.precision))
+    with closing(Validation(recipe.model_copy(update={"data": data, "train": train}))) as validation:
+        records = validation.run(model, device, lambda: compute_precision(device, recipe.train.precision))
     assert records is not None
     loss = float(records[0]["loss"])
     if not math.isfinite(loss):

@@ -107,7 +107,7 @@ def test_without_tokenizer_there_are_no_bytes(text_run: Path) -> None:
     ("changes", "message"),
     [
         ({"data": {"validation": []}}, "text has no validation text"),
-        ({"model": {"vocab_size": 500}}, "'text' has a vocabulary of 600 tokens, the model 500"),
+        ({"model": {"vocab_size": 500}}, "model.vocab_size=500, but the data have tokens up to 599"),
         ({"data": {"tokenizer": "gone.model"}}, r"gone\.model"),
     ],
 )
