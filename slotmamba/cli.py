@@ -104,6 +104,9 @@ def _add_evaluate(commands: Commands) -> None:
     parser = commands.add_parser("evaluate", help=summary, description=f"{summary.capitalize()}.")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder or one of its checkpoints")
     parser.add_argument("--suite", choices=("recall", "perplexity"), required=True, help="what to measure")
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="recall: samples of each setting (default: 1000, as published)"
+    )
     parser.set_defaults(handler=_evaluate)
 
 
@@ -160,7 +163,7 @@ def _generate(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from slotmamba.evaluate import run
 
-    return run(args.checkpoint, args.suite)
+    return run(args.checkpoint, args.suite, args.samples)
 
 
 def _doctor(args: argparse.Namespace) -> int:

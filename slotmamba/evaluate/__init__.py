@@ -18,27 +18,32 @@ SUITES: dict[str, Callable[..., recall.RecallReport | perplexity.PerplexityRepor
 }
 
 
-def run(checkpoint: Path | str, suite: str) -> int:
+def run(checkpoint: Path | str, suite: str, samples: int | None = None) -> int:
     """Measures a checkpoint with a suite, prints a table, writes RUN_DIR/evaluation; returns the exit code 0.
 
     Args:
         checkpoint: a run folder (its newest checkpoint) or a checkpoint.
         suite: "recall" or "perplexity"; the file written is SUITE.json, and for recall SUITE.png.
+        samples: of each recall setting; None is the published number.
 
     Raises:
-        ValueError: no such suite, no checkpoint, a suite that does not fit the run, or data that are not there.
+        ValueError: no such suite, samples below 1 or of another suite, no checkpoint, a suite that does not fit the run,
+            or data that are not there.
         DamagedCheckpointError: the checkpoint is not as it was written.
         OSError: the results cannot be written.
     """
     if suite not in SUITES:
         raise ValueError(f"suite {suite!r} is not known: expected one of {', '.join(SUITES)}")
+    if samples is not None and (suite != "recall" or samples < 1):
+        raise ValueError(f"samples={samples}: expected at least 1, and with the suite recall only")
     path = find_checkpoint(Path(checkpoint))
     recipe_file = recipe_path(path)
     recipe = load_recipe(recipe_file)
     device = choose_device("auto", "device")
     model = load_model(path, device)
     assert isinstance(model, SlotMambaForCausalLM | SlotMambaForSeq2Seq)
-    report = SUITES[suite](model, recipe, device)
+    options = {} if samples is None else {"samples": samples}
+    report = SUITES[suite](model, recipe, device, **options)
 
     print(f"{recipe.name}, {path.resolve().name}: {suite}\n\n{report.text()}\n")
     folder = recipe_file.parent / "evaluation"

@@ -132,3 +132,13 @@ def test_the_suite_on_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert len(results["settings"]) + len(results["left_out"]) == len(PUBLISHED_TEST)
     image = (tmp_path / "run" / "evaluation" / "recall.png").read_bytes()
     assert image.startswith(b"\x89PNG") and len(image) > 10_000
+
+
+def test_fewer_samples(tmp_path: Path) -> None:
+    assert train(recipe_of(tmp_path)) == 0
+    assert run(tmp_path / "run", "recall", samples=2) == 0
+    results = json.loads((tmp_path / "run" / "evaluation" / "recall.json").read_text())
+    assert results["samples_per_setting"] == 2
+    for suite, samples in (("recall", 0), ("perplexity", 2)):
+        with pytest.raises(ValueError, match=f"samples={samples}: expected at least 1, and with the suite recall only"):
+            run(tmp_path / "run", suite, samples)
