@@ -21,5 +21,6 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(library), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        if not mallopt(M_MMAP_THRESHOLD, 1 << 30):
+            mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the most that older versions of glibc take
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
