@@ -19,8 +19,11 @@ EVERY = 2  # steps between checkpoints
 SETTINGS = [f"train.checkpoint.every={EVERY}", "train.eval_every=5", "train.eval_rows=2"]
 
 
-def kill_at_a_random_moment(command: Command, run_dir: Path, generator: random.Random) -> None:
-    """Kill during a save, around a step, or at any time since the start; never more than some steps further."""
+def kill_at_a_random_moment(command: Command, run_dir: Path, generator: random.Random, start_up: float) -> None:
+    """Kill during a save, around a step, or within seconds of the start, which takes about `start_up` of them.
+
+    It comes at the latest a few steps further, so that the run outlives all kills.
+    """
     before = steps_recorded(run_dir)
     kind = generator.choice(("save", "step", "time"))
     if kind == "save":
@@ -31,7 +34,7 @@ def kill_at_a_random_moment(command: Command, run_dir: Path, generator: random.R
         command.wait_until(lambda: steps_recorded(run_dir) - before >= further)
         time.sleep(generator.uniform(0, 0.1))
     else:
-        end = time.monotonic() + generator.uniform(0, 0.7)
+        end = time.monotonic() + generator.uniform(0, 0.7 + start_up)
         command.wait_until(lambda: time.monotonic() > end or steps_recorded(run_dir) - before > EVERY)
     command.send(signal.SIGKILL)
 
@@ -44,7 +47,14 @@ def steps_recorded(run_dir: Path) -> int:
 
 
 def check_kills(
-    runs: Runs, commands: Commands, start: Callable[[list[str]], Command], run_dir: Path, kills: int, steps: int
+    runs: Runs,
+    commands: Commands,
+    start: Callable[[list[str]], Command],
+    run_dir: Path,
+    *,
+    kills: int,
+    steps: int,
+    start_up: float,
 ) -> None:
     seed = int(os.environ.get("TEST_SEED") or secrets.randbits(32))
     print(f"TEST_SEED={seed}")
@@ -56,7 +66,7 @@ def check_kills(
     resumed_from = 0
     for number in range(kills):
         command = start(runs.command(run_dir, *settings))
-        kill_at_a_random_moment(command, run_dir, generator)
+        kill_at_a_random_moment(command, run_dir, generator, start_up)
         assert command.wait() == -signal.SIGKILL, (number, command.out, command.err)
         assert command.err == ""
         resumed = re.search(r"resumes after step (\d+) ", command.out)
@@ -79,10 +89,10 @@ def check_kills(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_twenty_times(runs: Runs, commands: Commands, tmp_path: Path) -> None:
-    check_kills(runs, commands, commands.start, tmp_path / "run", kills=20, steps=42)
+    check_kills(runs, commands, commands.start, tmp_path / "run", kills=20, steps=42, start_up=0)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_killed_sixty_times_as_a_user_starts_it(runs: Runs, commands: Commands, tmp_path: Path) -> None:
-    check_kills(runs, commands, commands.start_anew, tmp_path / "run", kills=60, steps=170)
+    check_kills(runs, commands, commands.start_anew, tmp_path / "run", kills=60, steps=170, start_up=6)
