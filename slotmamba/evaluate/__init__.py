@@ -27,8 +27,8 @@ def run(checkpoint: Path | str, suite: str, samples: int | None = None) -> int:
         samples: of each recall setting; None is the published number.
 
     Raises:
-        ValueError: no such suite, samples below 1 or of another suite, no checkpoint, a suite that does not fit the run,
-            or data that are not there.
+        ValueError: no such suite, samples below 1 or of another suite, no checkpoint, a suite that does not fit the
+            run, or data that are not there.
         DamagedCheckpointError: the checkpoint is not as it was written.
         OSError: the results cannot be written.
     """
