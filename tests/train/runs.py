@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from slotmamba.checkpoint.manifest import committed_steps, read_manifest, step_name
 from slotmamba.checkpoint.tensors import read_tensors, stored_tensors
+from slotmamba.cli import main
 from slotmamba.config import Recipe, load_recipe
 from slotmamba.metrics import read_metrics
 
@@ -120,6 +122,20 @@ def assert_same_run(run_dir: Path, uninterrupted: Path) -> None:
     mine, theirs = (read_manifest(checkpoint(folder, last)) for folder in (run_dir, uninterrupted))
     assert (mine.progress, mine.updates) == (theirs.progress, theirs.updates)
     assert rng_state(run_dir, last) == rng_state(uninterrupted, last)
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int) -> str:
+    """Runs a command, in this process, that ends with `code` and one line on stderr; returns it without `error: `."""
+    capsys.readouterr()
+    assert main(arguments) == code
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err.removeprefix("error: ").rstrip("\n")
+
+
+def succeeds(arguments: list[str]) -> None:
+    """Runs a command, in this process, that ends with 0."""
+    assert main(arguments) == 0
 
 
 class Command:
