@@ -118,9 +118,12 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
 
 def _train(args: argparse.Namespace) -> int:
     recipe = _load_recipe(args)  # before the slow import: a wrong key should show at once
-    from slotmamba.train import train
+    from slotmamba.signals import StopFlag
 
-    return train(recipe)
+    with StopFlag() as stop:  # before the slow import: a signal in the first seconds should not be lost
+        from slotmamba.train import train
+
+        return train(recipe, stop)
 
 
 def _validate(args: argparse.Namespace) -> int:

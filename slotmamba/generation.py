@@ -52,8 +52,10 @@ def generate_text(
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
     check_sampling(temperature, top_k, top_p)
     place = choose_device(device, "device")
-    recipe = load_recipe(recipe_path(Path(checkpoint)))
-    tokenizer = _tokenizer(recipe)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed}: expected 0 to 2^63 - 1")
+    recipe_file = recipe_path(Path(checkpoint))
+    tokenizer = _tokenizer(load_recipe(recipe_file), recipe_file.parent)
     model = load_model(checkpoint, place)
     begun = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     if isinstance(model, SlotMambaForSeq2Seq):
@@ -90,14 +92,16 @@ def _text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
         yield rest
 
 
-def _tokenizer(recipe: Recipe) -> Tokenizer:
+def _tokenizer(recipe: Recipe, run_dir: Path) -> Tokenizer:
+    """The run's own copy of its tokenizer: the recipe's may be elsewhere, or another one by now."""
     path = recipe.data.tokenizer
     if path is None:
         raise ValueError(
             f"{recipe.name} was trained without a tokenizer, so its tokens are not text: "
             "`generate` needs a run with data.tokenizer set (for recall models there is `slotmamba evaluate`)"
         )
-    tokenizer = Tokenizer(path)
+    own = run_dir / "tokenizer.model"
+    tokenizer = Tokenizer(own if own.is_file() else path)
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise ValueError(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the model only {recipe.model.vocab_size}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -73,9 +74,12 @@ class Progress:
             self.message(f"step {step}/{self._total}  {_values(record)}  {self._time_left(step)} left")
 
     def message(self, text: str) -> None:
-        """Show a line that stays."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-        self._console.file.flush()
+        """Show a line that stays. Once nobody reads the output any more nothing is shown: that does not end a run."""
+        try:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._console.file.flush()
+        except (BrokenPipeError, SystemExit):  # rich turns the first into the second
+            self._console = Console(file=io.StringIO())
 
     def _time_left(self, step: int) -> timedelta:
         seconds_per_step = (time.monotonic() - self._clock) / max(1, step - self._start)

@@ -17,13 +17,13 @@ from torch import Tensor
 from slotmamba.allocator import keep_freed_memory
 from slotmamba.batch import Batch, check_data, labelled, plan_source
 from slotmamba.checkpoint import CheckpointStore
-from slotmamba.config import save_recipe
+from slotmamba.config import load_recipe, save_recipe
 from slotmamba.config.schema import Recipe
 from slotmamba.device import choose_device, compute_precision
 from slotmamba.environment import describe_environment
 from slotmamba.errors import TrainingError
 from slotmamba.evaluate.validation import Validation
-from slotmamba.files import write_json
+from slotmamba.files import write_bytes, write_json
 from slotmamba.metrics import MetricsLog
 from slotmamba.models import build_model
 from slotmamba.optim import build_optimizer, gradient_norm, scale_gradients
@@ -32,13 +32,20 @@ from slotmamba.progress import Progress
 from slotmamba.schedule import learning_rate
 from slotmamba.signals import StopFlag
 from slotmamba.tracking import Tracker
-from slotmamba_data import PlanReader, Row, open_plan
+from slotmamba_data import PlanReader, Row, Tokenizer, open_plan
 
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe) -> int:
+TOKENIZER = "tokenizer.model"  # the run's own copy
+
+
+def train(recipe: Recipe, stop: StopFlag | None = None) -> int:
     """Trains a recipe to its last step, or until SIGINT or SIGTERM asks it to save and stop. Returns the exit code 0.
+
+    Args:
+        recipe: what to train.
+        stop: a flag that is entered already, so that a signal counts from before this module was imported.
 
     Raises:
         ValueError: the recipe asks for something that is not there (a GPU, shards), or its data or model are not those
@@ -46,12 +53,15 @@ def train(recipe: Recipe) -> int:
         TrainingError: the loss or gradient is not finite and the recipe says to stop.
         OSError: the run folder cannot be written; the checkpoints before are untouched.
     """
+    if stop is None:
+        with StopFlag() as stop:
+            return train(recipe, stop)
     device = choose_device(recipe.train.device, "train.device")
     if device.type == "cpu":
         keep_freed_memory()
     run_dir = recipe.run_path
     run_dir.mkdir(parents=True, exist_ok=True)
-    with StopFlag() as stop, _locked(run_dir), closing(Trainer(recipe, device)) as trainer:
+    with _locked(run_dir), closing(Trainer(recipe, device)) as trainer:
         trainer.run(stop)
     return 0
 
@@ -108,10 +118,17 @@ class Trainer:
         """Trains until all is done or `stop` is set. Where all is done already, nothing in the run folder changes."""
         recipe, total = self.recipe, self.recipe.train.total_steps
         if self.step >= total and not self.validation_due:
-            print(f"{recipe.name}: already finished, {self.step} of {total} steps are done: {self.run_dir}", flush=True)
+            print(
+                f"{recipe.name}: already finished, {self.step} steps are done of {total} asked for: {self.run_dir}",
+                flush=True,
+            )
             return
+        changes = self._changes()
         with self._records(), Progress(total, self.step) as progress:
             progress.message(self._opening())
+            if changes:
+                progress.message(f"the recipe has changed since the run was last started: {'; '.join(changes)}")
+                self.metrics.write({"kind": "recipe", "step": self.step, "changes": changes})
             self._loop(total, stop, progress)
             self._save()
             if self.step < total or self.validation_due:
@@ -132,11 +149,22 @@ class Trainer:
     def _records(self) -> Iterator[None]:
         """The files and sinks that record the run."""
         save_recipe(self.recipe, self.run_dir / "recipe.yaml")
+        if self.recipe.data.tokenizer is not None:
+            write_bytes(self.run_dir / TOKENIZER, Tokenizer(self.recipe.data.tokenizer).path.read_bytes())
         write_json(self.run_dir / "environment.json", describe_environment())
         with closing(MetricsLog(self.run_dir / "metrics.jsonl")) as self.metrics:
             self.metrics.truncate_after(self.step, repeated="validation" if self.validation_due else None)
             with closing(Tracker(self.recipe, self.run_dir, self.tracker_state)) as self.tracker:
                 yield
+
+    def _changes(self) -> list[str]:
+        """What the recipe says otherwise than the one that the checkpoint was trained with."""
+        saved = self.run_dir / "recipe.yaml"
+        if self.step == 0 or not saved.is_file():
+            return []
+        before, now = (_flat(each.model_dump(mode="json")) for each in (load_recipe(saved), self.recipe))
+        keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        return [f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys if key != "run_dir"]
 
     def _opening(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -239,7 +267,7 @@ class Trainer:
             "lr": lr,
             "grad_norm": result.grad_norm,
             "skipped": result.skipped,
-            "tokens": self.step * self.recipe.train.global_batch_tokens,
+            "tokens": self.reader.samples_consumed * self.recipe.data.seq_len,
             "labelled_tokens": self.labelled_tokens,
             "tokens_per_second": tokens_per_second,
             "time": time.time(),
@@ -273,6 +301,14 @@ class Trainer:
 
     def _autocast(self) -> AbstractContextManager[object]:
         return compute_precision(self.device, self.recipe.train.precision)
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones; lists are values."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 @contextmanager

@@ -73,7 +73,10 @@ def build_text(
                     writers[split].add(_tokens(tokenizer, text), meta={"input": str(spec)})
         for split, writer in writers.items():
             if not writer.documents:
-                raise ValueError(f"no document went to {split}: change the validation share or cut smaller documents")
+                raise ValueError(
+                    f"no document went to {split}: the input has {sum(each.documents for each in writers.values())}; "
+                    "cut smaller ones (--document-kib) or change the share (--validation)"
+                )
         # In the block: when one folder cannot be completed the exception removes the other one too.
         return {split: writer.close() for split, writer in writers.items()}
 

@@ -73,7 +73,7 @@ class ShardWriter:
             raise ValueError(f"vocab_size={vocab_size}, shard_bytes={shard_bytes}: expected at least 1")
         if form == "seq2seq" and kind != "mqar":
             raise ValueError(f"shards of kind {kind} have no seq2seq form")
-        self.folder = Path(folder)
+        self._target = self.folder = Path(folder)
         self.kind, self.form, self.vocab_size, self.tokenizer = kind, form, vocab_size, tokenizer
         self.documents = 0
         self.tokens = 0
@@ -85,6 +85,9 @@ class ShardWriter:
         self._manifest: Manifest | None = None
         if (self.folder / MANIFEST_NAME).exists() and not overwrite:
             raise ValueError(f"{self.folder} is a complete folder of shards: choose another output, or overwrite it")
+        if (self.folder / MANIFEST_NAME).exists():
+            # What is there stays until there is something to put in its place.
+            self.folder = self._target.with_name(f".{self._target.name}.new")
         with naming(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             _clear(self.folder)
@@ -184,6 +187,9 @@ class ShardWriter:
             about=self._about,
         )
         manifest.write(self.folder)
+        if self.folder != self._target:
+            _move(self.folder, self._target)
+            self.folder = self._target
         return manifest
 
     def abort(self) -> None:
@@ -192,6 +198,20 @@ class ShardWriter:
             self._shard.discard()
             self._shard = None
         _clear(self.folder)
+        if self.folder != self._target:
+            self.folder.rmdir()
+
+
+def _move(source: Path, target: Path) -> None:
+    """Replace the shards in `target` by those in `source`, the manifest last, and remove `source`."""
+    with naming(target):
+        _clear(target)
+        for path in sorted(source.iterdir(), key=lambda path: path.name == MANIFEST_NAME):
+            if path.name == MANIFEST_NAME:
+                sync_folder(target)
+            path.rename(target / path.name)
+        sync_folder(target)
+        source.rmdir()
 
 
 def _clear(folder: Path) -> None:

@@ -68,8 +68,12 @@ def committed_steps(folder: Path) -> list[int]:
 
 
 def claimed_steps(folder: Path) -> list[int]:
-    """Steps in ascending order of the step folders in ``folder`` that have a manifest, intact or not."""
-    matches = [re.fullmatch(r"step-(\d{8,})", path.parent.name) for path in folder.glob(f"step-*/{MANIFEST}")]
+    """Steps in ascending order of the step folders in ``folder``, intact or not.
+
+    A folder gets this name when it is complete, and loses it before anything in it is deleted: one without a manifest
+    is damaged.
+    """
+    matches = [re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("step-*") if path.is_dir()]
     return sorted(int(match[1]) for match in matches if match)
 
 

@@ -296,7 +296,7 @@ class LoggingConfig(Section):
 
 class Recipe(Section):
     name: Name = Field(description="Name of the run.")
-    seed: int = Field(0, ge=0, description="Seed of initial weights and data order.")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of initial weights and data order.")
     run_dir: Path = Field(Path(), strict=False, description="Folder of the run; the default `.` stands for runs/NAME.")
     model: ModelConfig = Field(ModelConfig(), description="The model.")
     data: DataConfig = Field(description="What it trains on.")

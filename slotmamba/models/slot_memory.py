@@ -124,7 +124,7 @@ class SlotMemory(nn.Module):
 
     def step(self, x: Tensor, state: SlotLayerState, encoder: EncoderMemory | None) -> tuple[Tensor, SlotLayerState]:
         """One token: x [B, C] -> y [B, C] and the state after it."""
-        write_logits, window = self.write_address(x).float(), state.window
+        write_logits, window = _float32(self.write_address, x), state.window
         if self.write_conv is not None:
             assert window is not None
             write_logits, window = self.write_conv.step(write_logits, window)

@@ -148,7 +148,7 @@ def test_an_error_names_the_file_that_wrote_the_value(folder: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe("x.yaml", ["seed=-1"])
     assert str(caught.value).splitlines() == [
-        "override seed=-1: seed: expected an integer at least 0, got -1",
+        "override seed=-1: seed: expected an integer from 0 to 9223372036854775807, got -1",
         "base.yaml: optim.lr: expected a number more than 0, got 'fast'",
         "x.yaml: optim.warmup: expected an integer at least 0, got 'long'",
     ]

@@ -169,6 +169,17 @@ def test_damaged_payload_is_named_with_shard_and_byte(shards: tuple[Path, list[n
     folder.close()
     with pytest.raises(ValueError, match=message):
         verify(path)
+    assert not list(path.parent.glob(f".{path.name}*"))
+
+
+def test_failed_replacement_leaves_the_folder_as_it_was(shards: tuple[Path, list[np.ndarray]]) -> None:
+    path, _ = shards
+    before = content(path)
+    with pytest.raises(KeyboardInterrupt), ShardWriter(path, vocab_size=10, overwrite=True) as writer:
+        writer.add(np.arange(10))
+        raise KeyboardInterrupt
+    assert content(path) == before
+    assert not list(path.parent.glob(f".{path.name}*"))
 
 
 def test_every_flipped_byte_is_found_by_verify(tmp_path: Path, make_shards: Any) -> None:
@@ -222,8 +233,8 @@ def test_complete_folder_is_replaced_only_on_request(shards: tuple[Path, list[np
         ShardWriter(path, vocab_size=10)
     assert content(path) == before
     with ShardWriter(path, vocab_size=10, overwrite=True) as writer:
-        assert not (path / "manifest.json").exists()
         writer.add(np.arange(10))
+        assert content(path) == before, "what is there stays until there is something to put in its place"
     assert sorted(content(path)) == ["manifest.json", "shard-000000.index.npz", "shard-000000.tar"]
     assert json.loads((path / "manifest.json").read_text())["documents"] == 1
     verify(path)

@@ -82,10 +82,7 @@ def test_training_is_reproducible_and_reported(tmp_path: Path, model_type: str) 
     lines = ["the quick brown fox", "x" * 10_000, "", "\N{LOWER FIVE EIGHTHS BLOCK} skipped", "jumps over the lazy dog"]
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(lines * 20))
-    reports = [
-        train_tokenizer([corpus], tmp_path / name, vocab_size=284, model_type=model_type)
-        for name in ("a", "b")
-    ]
+    reports = [train_tokenizer([corpus], tmp_path / name, vocab_size=284, model_type=model_type) for name in ("a", "b")]
     assert reports[0] == reports[1]
     assert (tmp_path / "a/tokenizer.model").read_bytes() == (tmp_path / "b/tokenizer.model").read_bytes()
     assert (reports[0].lines, reports[0].split_lines, reports[0].skipped_lines) == (80, 20, 20)
