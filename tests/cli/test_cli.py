@@ -108,7 +108,7 @@ def test_failures_are_one_line(
     code: int,
     message: str,
 ) -> None:
-    def train(recipe: object) -> int:
+    def train(recipe: object, stop: object) -> int:
         raise error
 
     replace("slotmamba.train", train=train)
@@ -118,7 +118,7 @@ def test_failures_are_one_line(
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ModuleNotFoundError("No module named 'sloth'", name="sloth")])
 def test_a_bug_keeps_its_traceback(folder: Path, replace: Callable[..., None], error: Exception) -> None:
-    def train(recipe: object) -> int:
+    def train(recipe: object, stop: object) -> int:
         raise error
 
     replace("slotmamba.train", train=train)
@@ -129,7 +129,7 @@ def test_a_bug_keeps_its_traceback(folder: Path, replace: Callable[..., None], e
 def test_train_gets_the_resolved_recipe_and_gives_the_exit_code(folder: Path, replace: Callable[..., None]) -> None:
     seen = []
 
-    def train(recipe: object) -> int:
+    def train(recipe: object, stop: object) -> int:
         seen.append(recipe)
         return 1
 
