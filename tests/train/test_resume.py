@@ -74,7 +74,7 @@ def test_a_finished_run_is_left_alone(runs: Runs, finished: Path, capsys: pytest
     for steps in (10, 4):
         assert main(runs.command(finished, *SETTINGS, f"train.steps={steps}")) == 0
         out = capsys.readouterr().out
-        assert out == f"tiny: already finished, 10 of {steps} steps are done: {finished}\n"
+        assert out == f"tiny: already finished, 10 steps are done of {steps} asked for: {finished}\n"
         assert contents(finished) == before
 
 
@@ -83,9 +83,11 @@ def test_more_steps_go_on(runs: Runs, finished: Path, tmp_path: Path, capsys: py
     shutil.copytree(finished, run_dir)
     assert main(runs.command(run_dir, *SETTINGS, "train.steps=12")) == 0
     assert "resumes after step 10 (row 40)" in capsys.readouterr().out
-    log = records(run_dir)
-    assert log[: len(records(finished))] == records(finished)
-    assert [record["step"] for record in log[len(records(finished)) :]] == [11, 12, 12, 12]
+    log, before = records(run_dir), records(finished)
+    assert log[: len(before)] == before
+    assert [(record["kind"], record["step"]) for record in log[len(before) :]] == [
+        ("recipe", 10), ("train", 11), ("train", 12), ("validation", 12), ("validation", 12)
+    ]  # fmt: skip
     assert committed(run_dir)[-1] == 12
 
 

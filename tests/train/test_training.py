@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,7 @@ def test_recall_samples_from_shards(runs: Runs, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.timeout(180)
 def test_wandb_offline_goes_on_with_its_run(runs: Runs, tmp_path: Path) -> None:
     for steps in (2, 3):
+        time.sleep(1.1)  # wandb names its folders by the second
         assert train(runs.recipe(tmp_path, "logging.wandb.mode=offline", f"train.steps={steps}")) == 0
     files = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2
