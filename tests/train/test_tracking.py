@@ -7,6 +7,7 @@ import logging
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def test_offline_run_and_its_resumption(tmp_path: Path, caplog: pytest.LogCaptur
         state = json.loads(json.dumps(first.state()))
         first.close()
         assert state["id"]
+        time.sleep(1.1)  # wandb names its folders by the second
         second = Tracker(recipe("offline"), tmp_path, state)
         # A resumed run repeats steps: wandb must not drop them.
         second.log(TRAIN | {"step": 5, "loss": float("nan")})
