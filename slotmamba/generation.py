@@ -14,6 +14,7 @@ from slotmamba.device import choose_device
 from slotmamba.models import SlotMambaForCausalLM, SlotMambaForSeq2Seq
 from slotmamba.sampling import check_sampling, generate_tokens
 from slotmamba_data import StreamDecoder, Tokenizer
+from slotmamba_data.tokenizer import MODEL_NAME
 
 
 def generate_text(
@@ -100,7 +101,7 @@ def _tokenizer(recipe: Recipe, run_dir: Path) -> Tokenizer:
             f"{recipe.name} was trained without a tokenizer, so its tokens are not text: "
             "`generate` needs a run with data.tokenizer set (for recall models there is `slotmamba evaluate`)"
         )
-    own = run_dir / "tokenizer.model"
+    own = run_dir / MODEL_NAME
     tokenizer = Tokenizer(own if own.is_file() else path)
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise ValueError(

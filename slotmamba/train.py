@@ -33,11 +33,9 @@ from slotmamba.schedule import learning_rate
 from slotmamba.signals import StopFlag
 from slotmamba.tracking import Tracker
 from slotmamba_data import PlanReader, Row, Tokenizer, open_plan
+from slotmamba_data.tokenizer import MODEL_NAME
 
 logger = logging.getLogger(__name__)
-
-
-TOKENIZER = "tokenizer.model"  # the run's own copy
 
 
 def train(recipe: Recipe, stop: StopFlag | None = None) -> int:
@@ -150,7 +148,7 @@ class Trainer:
         """The files and sinks that record the run."""
         save_recipe(self.recipe, self.run_dir / "recipe.yaml")
         if self.recipe.data.tokenizer is not None:
-            write_bytes(self.run_dir / TOKENIZER, Tokenizer(self.recipe.data.tokenizer).path.read_bytes())
+            write_bytes(self.run_dir / MODEL_NAME, Tokenizer(self.recipe.data.tokenizer).path.read_bytes())
         write_json(self.run_dir / "environment.json", describe_environment())
         with closing(MetricsLog(self.run_dir / "metrics.jsonl")) as self.metrics:
             self.metrics.truncate_after(self.step, repeated="validation" if self.validation_due else None)
