@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,10 @@ from slotmamba.config import Recipe, load_recipe, save_recipe
 from slotmamba.models import build_model
 from slotmamba.optim import build_optimizer
 from slotmamba_data import Tokenizer, build_text, open_text, train_tokenizer
+
+# Before any kernel is imported: Triton decides then whether it interprets or compiles.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TEXT_RECIPE = """\
 name: text
