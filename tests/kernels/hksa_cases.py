@@ -81,7 +81,10 @@ class Case:
 def weighted_sum(outputs: dict[str, Tensor]) -> Tensor:
     """A number that depends on every entry of the outputs: their product with fixed random weights."""
     generator = torch.Generator().manual_seed(5)
-    terms = [(x * torch.randn(x.shape, dtype=x.dtype, generator=generator)).sum() for x in outputs.values()]
+    terms = [
+        (x.double() * torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x.device)).sum()
+        for x in outputs.values()
+    ]
     return torch.stack(terms).sum()
 
 

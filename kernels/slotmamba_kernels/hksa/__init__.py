@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slotmamba_kernels.backends import choose_backend
 from slotmamba_kernels.dtypes import state_dtype
 from slotmamba_kernels.hksa.arguments import Inject, Surprise, check_arguments
 from slotmamba_kernels.hksa.reference import hksa_reference
@@ -34,6 +35,7 @@ def hksa(
     surprise: Surprise | None = None,
     inject: Inject | None = None,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> tuple[Tensor, SlotState]:
     """Writes each token into its active slots and reads from them, in time order.
 
@@ -63,18 +65,24 @@ def hksa(
     Raises:
         ValueError: an unknown backend, shapes that do not fit, or (looked for on a CPU) slots that do not exist.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"hksa: unknown backend {backend!r}, expected one of auto, {', '.join(BACKENDS)}")
+    chosen = choose_backend("hksa", backend, q, (*BACKENDS, "triton"))
     named = {
         "q": q, "k": k, "u_k": u_k, "u_v": u_v, "beta": beta, "write_idx": write_idx, "write_w": write_w,
         "read_idx": read_idx, "read_w": read_w, "gamma": gamma,
     }  # fmt: skip
     check_arguments(named, num_slots, state, doc_start, surprise, inject)
+    if chosen == "triton":
+        from slotmamba_kernels.hksa.triton_op import hksa_triton
+
+        return hksa_triton(
+            **named, num_slots=num_slots, state=state, doc_start=doc_start, surprise=surprise, inject=inject,
+            recompute=recompute,
+        )  # fmt: skip
     dtype = state_dtype(q)
     if state is None:
         batch, _, heads, dim = q.shape
         state = SlotState.initial(batch, heads, num_slots, dim, device=q.device, dtype=dtype)
-    run = BACKENDS["torch" if backend == "auto" else backend]
+    run = BACKENDS[chosen]
     # The forward passes of autograd functions are seen by autocast, and their products would be computed in bfloat16.
     with torch.autocast(q.device.type, enabled=False):
         o, state = run(

@@ -40,3 +40,15 @@ class SlotState:
     def map(self, function: Callable[[Tensor], Tensor]) -> SlotState:
         """The state with `function` applied to each of its tensors."""
         return SlotState(function(self.S_k), function(self.S_v), function(self.z), function(self.surprise))
+
+
+@dataclass(frozen=True)
+class SparseSlotState(SlotState):
+    """Slot memory that holds only some slots: all others are as before any token.
+
+    Row r of S_k, S_v [B, H, R, d] and of z, surprise [B, H, R] is slot `slots[b, h, r]`. slots: [B, H, R] int32,
+    ascending, padded with num_slots; rows of padding mean nothing.
+    """
+
+    slots: Tensor
+    num_slots: int

@@ -1,0 +1,242 @@
+"""Runs HKSA's kernels on a stretch of tokens: forward from its entering memory, and backward through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from slotmamba_kernels.hksa.backward_kernels import chain_backward, entering_backward, read_backward, token_backward
+from slotmamba_kernels.hksa.event_plan import EventPlan
+from slotmamba_kernels.hksa.forward_kernels import chain_forward, read_forward
+from slotmamba_kernels.hksa.state import SlotState
+
+CHAIN_ELEMENTS = 512  # of one state vector for each of a program's chains: 16 a thread
+FEWEST_PROGRAMS = 4096  # below it a program takes fewer chains, so that the GPU has enough of them
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a call, contiguous; None where an optional argument is absent. Shapes as in `hksa`."""
+
+    q: Tensor
+    k: Tensor
+    u_k: Tensor
+    u_v: Tensor
+    beta: Tensor
+    write_w: Tensor
+    read_w: Tensor
+    gamma: Tensor
+    a_s: Tensor | None
+    eta: Tensor | None
+    c_k: Tensor | None
+    c_v: Tensor | None
+    lam_k: Tensor | None
+    lam_v: Tensor | None
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int, int]:
+        """B, T, H, n, K of writes, K of reads, d."""
+        batch, length, heads, steps, dim = self.k.shape
+        return batch, length, heads, steps, self.write_w.shape[-1], self.read_w.shape[-1], dim
+
+    @property
+    def table_dtype(self) -> torch.dtype:
+        """In which states and adjoints wait in memory between two kernels; arithmetic is float32."""
+        return self.q.dtype
+
+    @property
+    def adjoint_dtype(self) -> torch.dtype:
+        # Adjoints of half-precision inputs may lie below what float16 can hold.
+        return torch.bfloat16 if self.q.dtype == torch.float16 else self.q.dtype
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens [start, start + length) of a call and the plan of their writes and reads."""
+
+    start: int
+    length: int
+    plan: EventPlan
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the slots hold after each write of a stretch of L tokens, S = B*H streams.
+
+    contents: [S, L*K, 2, d] S/z of key and value memory; z: [S, L*K]; with surprise its value after the write
+    [S, L*K] and the prediction errors [S, L*K, 2], else None.
+    """
+
+    contents: Tensor
+    z: Tensor
+    surprise: Tensor | None
+    errors: Tensor | None
+
+
+@dataclass
+class Gradients:
+    """Of the tensors of `Inputs`, of the same names; those of gamma, a_s and eta add up over stretches."""
+
+    q: Tensor
+    k: Tensor
+    u_k: Tensor
+    u_v: Tensor
+    beta: Tensor
+    write_w: Tensor
+    read_w: Tensor
+    gamma: Tensor
+    a_s: Tensor | None
+    eta: Tensor | None
+    c_k: Tensor | None
+    c_v: Tensor | None
+    lam_k: Tensor | None
+    lam_v: Tensor | None
+
+    @classmethod
+    def empty(cls, x: Inputs) -> Gradients:
+        float32 = torch.float32
+        return cls(
+            q=torch.empty_like(x.q), k=torch.empty_like(x.k), u_k=torch.empty_like(x.u_k),
+            u_v=torch.empty_like(x.u_v), beta=torch.empty_like(x.beta, dtype=float32),
+            write_w=torch.empty_like(x.write_w, dtype=float32), read_w=torch.empty_like(x.read_w, dtype=float32),
+            gamma=torch.zeros_like(x.gamma, dtype=float32),
+            a_s=None if x.a_s is None else torch.zeros_like(x.a_s, dtype=float32),
+            eta=None if x.eta is None else torch.zeros_like(x.eta, dtype=float32),
+            c_k=None if x.c_k is None else torch.empty_like(x.c_k),
+            c_v=None if x.c_v is None else torch.empty_like(x.c_v),
+            lam_k=None if x.lam_k is None else torch.empty_like(x.lam_k, dtype=float32),
+            lam_v=None if x.lam_v is None else torch.empty_like(x.lam_v, dtype=float32),
+        )  # fmt: skip
+
+
+def write_forward(
+    x: Inputs, at: Stretch, entering: SlotState | None, leaving: SlotState | None, num_slots: int
+) -> Table:
+    """Walks the writes of a stretch; the last states of chains that reach its end go into `leaving`, in place."""
+    batch, length, heads, steps, writes, _, dim = x.sizes
+    streams, events, device = batch * heads, at.length * writes, x.q.device
+    scores = (streams, events)
+    table = Table(
+        contents=torch.empty(streams, events, 2, dim, dtype=x.table_dtype, device=device),
+        z=torch.empty(scores, dtype=torch.float32, device=device),
+        surprise=None if x.a_s is None else torch.empty(scores, dtype=torch.float32, device=device),
+        errors=None if x.a_s is None else torch.empty(*scores, 2, dtype=torch.float32, device=device),
+    )
+    block = triton.next_power_of_2(dim)
+    chains = _chains_of_program(streams, at.plan.num_buckets, block)
+    chain_forward[(triton.cdiv(at.plan.num_buckets, chains), streams)](
+        x.k, x.u_k, x.u_v, x.beta, x.write_w, x.gamma,
+        at.plan.write_order, at.plan.previous, at.plan.leaving, at.plan.write_bucket,
+        *_parts(entering), x.c_k, x.c_v, x.lam_k, x.lam_v, x.a_s, x.eta,
+        table.contents, table.z, table.surprise, table.errors, *_parts(leaving),
+        at.start, length, at.length, _rows(entering), _rows(leaving), at.plan.num_buckets, 1.0 / num_slots,
+        H=heads, NS=steps, K=writes, D=dim, BD=block, C=chains,
+        ENTERING=entering is not None, LEAVING=leaving is not None,
+        SURPRISE=x.a_s is not None, INJECT=x.c_k is not None, num_warps=1,
+    )  # fmt: skip
+    return table
+
+
+def read_tokens(x: Inputs, at: Stretch, entering: SlotState | None, table: Table, num_slots: int, o: Tensor) -> None:
+    """Reads the stretch's tokens into o [B, T, H, d]."""
+    batch, length, heads, _, _, reads, dim = x.sizes
+    block, width = triton.next_power_of_2(dim), triton.next_power_of_2(reads)
+    read_forward[(at.length, batch * heads)](
+        x.q, x.read_w, at.plan.read_source, table.contents, table.z, *_parts(entering)[:3], o,
+        at.start, length, at.length, table.z.shape[1], _rows(entering), 1.0 / num_slots, dim**-0.5,
+        H=heads, K=reads, BK=width, D=dim, BD=block, ENTERING=entering is not None,
+        num_warps=_token_warps(width * block),
+    )  # fmt: skip
+
+
+def stretch_backward(
+    x: Inputs,
+    at: Stretch,
+    entering: SlotState | None,
+    table: Table,
+    num_slots: int,
+    d_o: Tensor,
+    d_leaving: SlotState | None,
+    d_entering: SlotState | None,
+    grads: Gradients,
+) -> None:
+    """Fills the stretch's tokens of `grads` and, in place, the rows of d_entering that the stretch uses."""
+    batch, length, heads, steps, writes, reads, dim = x.sizes
+    streams, device = batch * heads, x.q.device
+    block, empty_z = triton.next_power_of_2(dim), 1.0 / num_slots
+    width = triton.next_power_of_2(reads)
+    plan, memory = at.plan, _parts(entering)
+    switches = {"ENTERING": entering is not None, "SURPRISE": x.a_s is not None, "INJECT": x.c_k is not None}
+    key_share, value_share, d_z_read = torch.empty(
+        3, streams, at.length * reads, dtype=torch.float32, device=device
+    ).unbind(0)
+    read_backward[(at.length, streams)](
+        x.q, x.read_w, plan.read_source, table.contents, table.z, *memory[:3], d_o,
+        grads.q, grads.read_w, key_share, value_share, d_z_read,
+        at.start, length, at.length, table.z.shape[1], _rows(entering), empty_z, dim**-0.5,
+        H=heads, K=reads, BK=width, D=dim, BD=block, ENTERING=entering is not None,
+        num_warps=_token_warps(width * block),
+    )  # fmt: skip
+
+    adjoint = torch.empty_like(table.contents, dtype=x.adjoint_dtype)
+    adjoint_z = torch.empty_like(table.z)
+    adjoint_surprise = None if table.surprise is None else torch.empty_like(table.surprise)
+    chains = _chains_of_program(streams, plan.num_buckets, block)
+    chain_backward[(triton.cdiv(plan.num_buckets, chains), streams)](
+        x.q, d_o, x.k, x.beta, x.write_w, x.gamma, x.eta,
+        plan.write_order, plan.previous, plan.leaving, plan.write_bucket, plan.read_order, plan.read_range,
+        key_share, value_share, d_z_read, x.c_k, x.c_v, x.lam_k, x.lam_v,
+        *_parts(d_leaving), adjoint, adjoint_z, adjoint_surprise, *_parts(d_entering),
+        at.start, length, at.length, _rows(entering), _rows(d_leaving), plan.num_buckets,
+        H=heads, NS=steps, K=writes, KR=reads, D=dim, BD=block, C=chains, READS=4 if chains == 1 else 2,
+        LEAVING=d_leaving is not None, **switches, num_warps=1,
+    )  # fmt: skip
+    if d_entering is not None:
+        entering_backward[(plan.num_buckets, streams)](
+            x.q, d_o, plan.read_source, plan.read_bucket, plan.read_order, key_share, value_share, d_z_read,
+            *_parts(d_entering)[:3], at.start, length, at.length, _rows(entering), plan.num_buckets,
+            H=heads, KR=reads, D=dim, BD=block, ONE_SLOT=plan.num_buckets == num_slots, num_warps=1,
+        )  # fmt: skip
+
+    shares = torch.empty(3, streams, at.length, dtype=torch.float32, device=device)
+    width = triton.next_power_of_2(writes)
+    token_backward[(at.length, streams)](
+        x.k, x.u_k, x.u_v, x.beta, x.write_w, x.gamma, x.a_s, x.eta,
+        plan.write_source, table.contents, table.z, table.surprise, table.errors, *memory,
+        adjoint, adjoint_z, adjoint_surprise, x.c_k, x.c_v, x.lam_k, x.lam_v,
+        grads.k, grads.u_k, grads.u_v, grads.beta, grads.write_w, *shares.unbind(0),
+        grads.c_k, grads.c_v, grads.lam_k, grads.lam_v,
+        at.start, length, at.length, _rows(entering), empty_z,
+        H=heads, NS=steps, K=writes, BK=width, D=dim, BD=block, **switches, num_warps=_token_warps(width * block),
+    )  # fmt: skip
+    for name, share in zip(("gamma", "a_s", "eta"), shares.unbind(0), strict=True):
+        total = getattr(grads, name)
+        if total is not None:
+            total += share.view(batch, heads, at.length).sum((0, 2))
+
+
+def _parts(memory: SlotState | None) -> tuple[Tensor | None, ...]:
+    """The tensors of a memory as kernel arguments."""
+    if memory is None:
+        return None, None, None, None
+    return memory.S_k, memory.S_v, memory.z, memory.surprise
+
+
+def _rows(memory: SlotState | None) -> int:
+    """Rows of a stream in a memory."""
+    return 1 if memory is None else memory.z.shape[-1]
+
+
+def _chains_of_program(streams: int, buckets: int, block: int) -> int:
+    chains = max(1, CHAIN_ELEMENTS // block)
+    while chains > 1 and streams * triton.cdiv(buckets, chains) < FEWEST_PROGRAMS:
+        chains //= 2
+    return chains
+
+
+def _token_warps(elements: int) -> int:
+    """Warps of a program that holds several tiles of so many elements: 16 of each a thread."""
+    return min(8, max(1, elements // 512))
