@@ -1,0 +1,252 @@
+"""Who writes and reads which slot when, for the Triton backend: sorted once, used by every kernel and by backward.
+
+Slots never mix, so a stream (one head of one sequence) falls into chains: the writes of one slot in one document, in
+time order. The plan lists each stream's writes and reads sorted by (slot, time), and says of each from which state it
+starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from slotmamba_kernels.hksa.event_plan_kernels import link_kernel, rank_kernel, scan_kernel, scatter_kernel
+
+MAX_DIGIT_BITS = 10
+"""Of one pass of the sort: all of M=1024 slots in one pass, M=4^10 in two."""
+
+EVENTS_PER_BUCKET = 16
+"""At least, on average, where a bucket holds several slots. Two tokens' worth: a bucket's writes wait for each other."""
+
+SCAN_ROWS = 16
+LINK_TILE = 512
+
+
+@dataclass(frozen=True)
+class EventPlan:
+    """The sorted writes and reads of a stretch of L tokens; all tensors int32 and contiguous.
+
+    There are S = B*H streams, number b*H + h, of N = L*K writes and R = L*K' reads each. A write is known by its event
+    number t*K + j, a read by t*K' + j, t counted from the stretch's first token. A state is known by a code:
+
+        e >= 0: the state after write e of the stream;   -1: the initial, empty state;
+        x <= -2: row -2-x of the entering memory.
+
+    write_order: [S, N] writes sorted by (slot, time). What follows "by position" goes by the position in it.
+    previous: [S, N] by position, code of the state that the write starts from.
+    leaving: [S, N] by position, row of the leaving memory that the state after the write is; -1 if another write
+        of the slot comes later, or the write's document is not the one alive at the end, or there is no such row.
+    write_bucket: [S, NB+1] positions at which buckets begin, NB = num_buckets, bucket = slot >> shift; the last is N.
+    read_order: [S, R] reads sorted by (slot, time).
+    read_bucket: [S, NB+1] the same as write_bucket, for reads.
+    read_range: [S, N, 2] by position of the write, [begin, end) in read_order of the reads that see the state after it;
+        begin = end where no read does. A write of token t is seen by the reads of token t.
+    write_source: [B, L, H, K] `previous` by event.
+    read_source: [B, L, H, K'] code of the state that each read sees.
+    """
+
+    write_order: Tensor
+    previous: Tensor
+    leaving: Tensor
+    write_bucket: Tensor
+    read_order: Tensor
+    read_bucket: Tensor
+    read_range: Tensor
+    write_source: Tensor
+    read_source: Tensor
+    num_buckets: int
+    shift: int
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Sizes of the launches; digits: (shift, bits) of each pass of the sort, least significant first."""
+
+    digits: tuple[tuple[int, int], ...]
+    block: int
+    num_buckets: int
+    shift: int
+
+    def blocks(self, count: int) -> int:
+        return triton.cdiv(count, self.block)
+
+
+def _sizes(num_slots: int, writes: int, events: int) -> _Sizes:
+    """For streams of `writes` writes, and `events` events of the more frequent kind."""
+    bits = max((num_slots - 1).bit_length(), 1)
+    top = min(bits, MAX_DIGIT_BITS)
+    # The most significant digit is the widest, since buckets are made of it; the others share what is left.
+    passes = triton.cdiv(bits - top, MAX_DIGIT_BITS)
+    digits, shift = [], 0
+    for left in range(passes, 0, -1):
+        width = triton.cdiv(bits - top - shift, left)
+        digits.append((shift, width))
+        shift += width
+    digits.append((shift, top))
+
+    bucket_bits = min(top, max(writes // EVENTS_PER_BUCKET, 1).bit_length() - 1)
+    shift = bits - bucket_bits
+    # About 16 blocks a stream, of as many events as a digit has values, and a warp walks through each.
+    block = min(max(triton.next_power_of_2(events) // 16, 256), 4096)
+    return _Sizes(tuple(digits), block, ((num_slots - 1) >> shift) + 1, shift)
+
+
+@torch.no_grad()
+def make_event_plan(
+    write_idx: Tensor,
+    read_idx: Tensor,
+    num_slots: int,
+    *,
+    start: int = 0,
+    length: int | None = None,
+    doc_start: Tensor | None = None,
+    entering: str = "dense",
+    entering_slots: Tensor | None = None,
+    leaving_slots: Tensor | None = None,
+) -> EventPlan:
+    """The plan of the stretch of tokens [start, start + length) of a call, without waiting for the GPU.
+
+    Args:
+        write_idx: [B, T, H, K] int32, contiguous; the slots that each token writes, distinct and below num_slots.
+        read_idx: [B, T, H, K'] int32, contiguous; the slots that it reads.
+        num_slots: slots of a head, M.
+        start, length: the stretch; length None reaches to the end.
+        doc_start: [B, T] integers, contiguous; index, counted from the call's first token, of the first token of t's
+            document. A document that begins before the stretch sees the entering memory. None: there is only that one.
+        entering: "none" (no entering memory: what the stretch did not write is empty), "dense" (slot m is row m) or
+            "sparse" (its rows are `entering_slots`; a slot that is not among them is empty).
+        entering_slots: [B*H, rows] int32, contiguous; slots of the sparse entering memory, ascending, filled up with
+            num_slots.
+        leaving_slots: the same of the leaving memory; None: slot m is row m.
+
+    Raises:
+        ValueError: shapes, dtypes or a stretch that do not fit.
+    """
+    batch, tokens, heads, writes = write_idx.shape
+    reads = read_idx.shape[3]
+    length = tokens - start if length is None else length
+    _check(write_idx, read_idx, start, length, doc_start, entering, entering_slots, leaving_slots)
+    streams, device = batch * heads, write_idx.device
+    counts = (length * writes, length * reads)
+    sizes = _sizes(num_slots, counts[0], max(counts))
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    plan = EventPlan(
+        write_order=empty(streams, counts[0]),
+        previous=empty(streams, counts[0]),
+        leaving=empty(streams, counts[0]),
+        write_bucket=empty(streams, sizes.num_buckets + 1),
+        read_order=empty(streams, counts[1]),
+        read_bucket=empty(streams, sizes.num_buckets + 1),
+        read_range=empty(streams, counts[0], 2),
+        write_source=empty(batch, length, heads, writes),
+        read_source=empty(batch, length, heads, reads),
+        num_buckets=sizes.num_buckets,
+        shift=sizes.shift,
+    )
+    words = _sort(write_idx, read_idx, start, counts, plan, sizes)
+    tile = min(LINK_TILE, triton.next_power_of_2(max(counts)))
+    link_kernel[triton.cdiv(max(counts), tile), streams, 2](
+        *words, plan.write_bucket,
+        *(write_idx if x is None else x for x in (doc_start, entering_slots, leaving_slots)),  # not looked at if None
+        plan.write_order, plan.previous, plan.leaving, plan.write_source,
+        plan.read_order, plan.read_range, plan.read_source,
+        start, length, tokens, heads,
+        *(0 if x is None else x.shape[1] for x in (entering_slots, leaving_slots)), sizes.num_buckets, sizes.shift,
+        WRITES=writes, READS=reads, TILE=tile, DOCUMENTS=doc_start is not None, ENTERING=entering,
+        LEAVING="dense" if leaving_slots is None else "sparse", num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return plan
+
+
+def _sort(
+    write_idx: Tensor, read_idx: Tensor, start: int, counts: tuple[int, int], plan: EventPlan, sizes: _Sizes
+) -> list[Tensor]:
+    """The words slot << 32 | event of the writes [S, N] and of the reads [S, R], sorted. Fills in the plan's buckets."""
+    batch, tokens, heads, writes = write_idx.shape
+    streams = batch * heads
+    per_token = {"WRITES": writes, "READS": read_idx.shape[3]}
+    blocks = sizes.blocks(max(counts))
+    tile = min(sizes.block, 512)
+    workspace = _Workspace(write_idx, streams, counts, sizes)
+    words = workspace.words[0]  # not looked at in the first pass
+    for number, (shift, bits) in enumerate(sizes.digits):
+        first, last = number == 0, number == len(sizes.digits) - 1
+        shared = (write_idx, read_idx, *words, *workspace.ranks, *workspace.digit_counts)
+        where = (start, *counts, tokens, heads, shift)
+        rank_kernel[blocks, streams, 2](
+            *shared, *where, **per_token, BLOCK=sizes.block, BITS=bits, FIRST=first, num_warps=1, num_stages=1
+        )
+        scan_kernel[streams, 2](
+            *workspace.digit_counts, plan.write_bucket, plan.read_bucket, *counts, sizes.num_buckets,
+            1 << max(sizes.shift - shift, 0), BLOCK=sizes.block, BITS=bits, ROWS=SCAN_ROWS, LAST=last,
+            num_warps=8, num_stages=1,
+        )  # fmt: skip
+        words = workspace.words[(number + 1) % 2]
+        scatter_kernel[triton.cdiv(max(counts), tile), streams, 2](
+            *shared, *words, plan.read_range, *where, **per_token, BLOCK=sizes.block, TILE=tile, BITS=bits,
+            FIRST=first, num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return words
+
+
+class _Workspace:
+    """Scratch memory of the sort, one allocation: words [2][S, N or R], ranks [S, N or R], counts [S, blocks, digits].
+
+    Each comes as a list of the writes' and the reads' part.
+    """
+
+    def __init__(self, like: Tensor, streams: int, counts: tuple[int, int], sizes: _Sizes) -> None:
+        digits = 1 << max(bits for _, bits in sizes.digits)
+        copies = min(len(sizes.digits), 2)
+        numbers = [streams * count for count in counts]
+        digit_counts = [streams * sizes.blocks(count) * digits for count in counts]
+        # In 8 bytes; pieces begin at multiples of 16 bytes, as the compiler is told of fresh tensors.
+        pieces = [*numbers * copies, *(triton.cdiv(x, 2) for x in numbers + digit_counts)]
+        pieces = [triton.cdiv(x, 2) * 2 for x in pieces]
+        parts = torch.empty(sum(pieces), dtype=torch.int64, device=like.device).split(pieces)
+        self.words = [parts[:2], parts[2:4] if copies == 2 else parts[:2]]
+        ranks = parts[2 * copies :]
+        self.ranks = [x.view(torch.int32) for x in ranks[:2]]
+        self.digit_counts = [x.view(torch.int32) for x in ranks[2:]]
+
+
+def _check(
+    write_idx: Tensor,
+    read_idx: Tensor,
+    start: int,
+    length: int,
+    doc_start: Tensor | None,
+    entering: str,
+    entering_slots: Tensor | None,
+    leaving_slots: Tensor | None,
+) -> None:
+    batch, tokens, heads, _ = write_idx.shape
+    for name, x in (("write_idx", write_idx), ("read_idx", read_idx)):
+        _require(name, x, (batch, tokens, heads, x.shape[-1]))
+    if not 0 <= start < start + length <= tokens:
+        raise ValueError(f"hksa plan: tokens {start} to {start + length} are not a stretch of {tokens} tokens")
+    if entering not in ("none", "dense", "sparse") or (entering == "sparse") != (entering_slots is not None):
+        raise ValueError(
+            f"hksa plan: entering={entering!r} with entering_slots {'absent' if entering_slots is None else 'given'}; "
+            "expected none, dense, or sparse with entering_slots"
+        )
+    for name, rows in (("entering_slots", entering_slots), ("leaving_slots", leaving_slots)):
+        if rows is not None:
+            _require(name, rows, (batch * heads, rows.shape[-1]))
+    if doc_start is not None and (tuple(doc_start.shape) != (batch, tokens) or not doc_start.is_contiguous()):
+        raise ValueError(
+            f"hksa plan: doc_start has shape {tuple(doc_start.shape)}, expected {(batch, tokens)}, contiguous"
+        )
+
+
+def _require(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(x.shape) != shape or x.dtype != torch.int32 or not x.is_contiguous():
+        raise ValueError(
+            f"hksa plan: {name} has shape {tuple(x.shape)} and dtype {x.dtype}, expected int32 {shape}, contiguous"
+        )

@@ -1,0 +1,154 @@
+"""The event plan of the Triton backend against the plain one, and what it promises besides its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from slotmamba_kernels.hksa.event_plan import EventPlan, make_event_plan
+from tests.kernels.ahead_of_time import ARCHITECTURES, compile_in_subprocess
+from tests.kernels.event_plan_by_hand import streams_by_hand
+from tests.seeds import seed_afresh
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, ()))
+
+
+def distinct_slots(rows: int, count: int, num_slots: int, skew: str) -> torch.Tensor:
+    """[rows, count] int32 in random order: "uniform", "zipf" (slot m with weight 1/(m+1)) or the "same" in all rows."""
+    if skew == "same":
+        return torch.randperm(num_slots)[:count].int().expand(rows, count)
+    if skew == "zipf":
+        return (1 / torch.arange(1, num_slots + 1)).expand(rows, -1).multinomial(count).int()
+    # Sorted numbers with repetition, pulled apart: distinct, and quick where num_slots is large.
+    slots = torch.randint(num_slots - count + 1, (rows, count)).sort(1).values + torch.arange(count)
+    return slots.gather(1, torch.rand(rows, count).argsort(1)).int()
+
+
+def random_documents(batch: int, tokens: int) -> torch.Tensor:
+    """[B, T] int64 doc_start; the first document of about half of the rows began before the call."""
+    starts = torch.rand(batch, tokens) < 0.15
+    first = torch.where(starts, torch.arange(tokens), -1).cummax(1).values
+    return torch.where(first < 0, -torch.randint(1, 9, (batch, 1)), first)
+
+
+def some_slots(streams: int, rows: int, num_slots: int, slots: torch.Tensor) -> torch.Tensor:
+    """[S, rows] int32, ascending, filled up with num_slots: about half of `slots` [S, any], and others."""
+    out = torch.full((streams, rows), num_slots, dtype=torch.int32)
+    for stream in range(streams):
+        known = slots[stream][torch.rand(slots.shape[1]) < 0.5].tolist()
+        chosen = sorted({*known[: rows - 1], draw(0, num_slots - 1)})
+        out[stream, : len(chosen)] = torch.tensor(chosen)
+    return out
+
+
+def random_call(
+    batch: int = 2,
+    tokens: int = 13,
+    heads: int = 2,
+    writes: int = 3,
+    reads: int = 2,
+    num_slots: int = 9,
+    skew: str = "uniform",
+    documents: bool = False,
+    stretch: tuple[int, int] | None = None,
+    entering: str = "dense",
+    leaving: str = "dense",
+) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of `make_event_plan`."""
+    rows = batch * tokens * heads
+    write_idx, read_idx = (
+        distinct_slots(rows, k, num_slots, skew).reshape(batch, tokens, heads, k).contiguous() for k in (writes, reads)
+    )
+    both = torch.cat([write_idx, read_idx], -1).transpose(1, 2).reshape(batch * heads, -1)
+    options: dict[str, Any] = {"entering": entering}
+    if documents:
+        options["doc_start"] = random_documents(batch, tokens)
+    if stretch is not None:
+        options |= {"start": stretch[0], "length": stretch[1]}
+    if entering == "sparse":
+        options["entering_slots"] = some_slots(batch * heads, draw(1, 40), num_slots, both)
+    if leaving == "sparse":
+        options["leaving_slots"] = some_slots(batch * heads, draw(1, 40), num_slots, both)
+    options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    return [write_idx.to(DEVICE), read_idx.to(DEVICE), num_slots], options
+
+
+def assert_right(plan: EventPlan, call: tuple[list[Any], dict[str, Any]]) -> None:
+    (write_idx, read_idx, num_slots), options = call
+    batch, _, heads, _ = write_idx.shape
+    assert plan.num_buckets == ((num_slots - 1) >> plan.shift) + 1
+    for name, x in vars(plan).items():
+        if isinstance(x, torch.Tensor):
+            assert x.dtype == torch.int32 and x.is_contiguous() and x.device == write_idx.device, name
+    for stream, want in enumerate(streams_by_hand(write_idx, read_idx, num_slots, **options)):
+        for name in ("write_order", "previous", "leaving", "read_order"):
+            assert getattr(plan, name)[stream].tolist() == list(getattr(want, name)), name
+        for name in ("write_source", "read_source"):
+            got = getattr(plan, name).view(batch, -1, heads, getattr(plan, name).shape[-1])
+            assert got[stream // heads, :, stream % heads].tolist() == getattr(want, name).tolist(), name
+        for (begin, end), readers in zip(plan.read_range[stream].tolist(), want.readers, strict=True):
+            assert list(range(begin, end)) == readers
+        for idx, order, bucket in (
+            (write_idx, plan.write_order, plan.write_bucket),
+            (read_idx, plan.read_order, plan.read_bucket),
+        ):
+            start = options.get("start", 0)
+            slots = idx[stream // heads, start:, stream % heads].flatten()[order[stream].long()]
+            edges = torch.arange(plan.num_buckets + 1, device=DEVICE) << plan.shift
+            assert bucket[stream].tolist() == torch.searchsorted(slots.long(), edges).tolist()
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "one of everything": {"batch": 1, "tokens": 1, "heads": 1, "writes": 1, "reads": 1, "num_slots": 1},
+    "one slot": {"writes": 1, "reads": 1, "num_slots": 1, "tokens": 70},
+    "all slots": {"writes": 9, "reads": 9, "num_slots": 9, "tokens": 40},
+    "more written than read": {"writes": 32, "reads": 1, "num_slots": 1000},
+    "more read than written": {"writes": 1, "reads": 32, "num_slots": 1000},
+    "1000 slots": {"num_slots": 1000, "tokens": 129, "heads": 1},
+    "4096 slots": {"num_slots": 4096, "tokens": 101, "heads": 1},
+    "4^10 slots": {"num_slots": 4**10, "tokens": 67, "heads": 1, "writes": 8, "reads": 8},
+    "three passes": {"num_slots": 2**21 + 5, "tokens": 33, "batch": 1},
+    "several blocks": {"num_slots": 37, "tokens": 350, "heads": 1, "batch": 1, "reads": 5},
+    "the same slots through time": {"skew": "same", "tokens": 90, "num_slots": 1000},
+    "few slots most of the time": {"skew": "zipf", "tokens": 90, "num_slots": 256, "writes": 8, "reads": 8, "heads": 1},
+}
+
+
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
+def test_plan_at_many_shapes(options: dict[str, Any], documents: bool) -> None:
+    seed_afresh()
+    call = random_call(**options, documents=documents)
+    assert_right(make_event_plan(*call[0], **call[1]), call)
+
+
+@pytest.mark.parametrize("entering", ["none", "dense", "sparse"])
+@pytest.mark.parametrize("leaving", ["dense", "sparse"])
+@pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize("stretch", [None, (0, 4), (5, 1), (6, 17)])
+def test_plan_with_every_option(entering: str, leaving: str, documents: bool, stretch: tuple[int, int] | None) -> None:
+    seed_afresh()
+    call = random_call(
+        tokens=23, num_slots=draw(4, 40), entering=entering, leaving=leaving, documents=documents, stretch=stretch
+    )
+    assert_right(make_event_plan(*call[0], **call[1]), call)
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_plan_at_random(number: int) -> None:
+    seed_afresh()
+    tokens, num_slots = draw(1, 60), (9, 40, 1000, 4096, 4**10)[draw(0, 4)]
+    start = draw(0, tokens - 1)
+    call = random_call(
+        batch=draw(1, 2), tokens=tokens, heads=draw(1, 3), writes=draw(1, 8), reads=draw(1, 8), num_slots=num_slots,
+        skew=("uniform", "same")[draw(0, 1)], documents=bool(draw(0, 1)), stretch=(start, draw(1, tokens - start)),
+        entering=("none", "dense", "sparse")[draw(0, 2)], leaving=("dense", "sparse")[draw(0, 1)],
+    )  # fmt: skip
+    assert_right(make_event_plan(*call[0], **call[1]), call)
