@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ class Stream:
     """One head of one sequence: walks through its tokens and keeps, for every slot, the code of its state."""
 
     def __init__(
-        self, write_idx: Array, read_idx: Array, begins: Array, entering: list[int], leaving: list[int]
+        self, write_idx: Array, read_idx: Array, begins: Array, entering: Sequence[int], leaving: Sequence[int]
     ) -> None:
         """Slots [L, K] and [L, K'], first token of each token's document [L], and the slots of both memories' rows."""
         self.write_source = np.empty_like(write_idx)
@@ -39,8 +40,9 @@ class Stream:
         self.write_order = np.argsort(write_idx.ravel(), kind="stable")
         self.read_order = np.argsort(read_idx.ravel(), kind="stable")
         self.previous = self.write_source.ravel()[self.write_order]
-        slots = {event: slot for slot, event in last_write.items() if event // write_idx.shape[1] >= begins[-1]}
-        self.leaving = [leaving.index(slots[e]) if slots.get(e) in leaving else -1 for e in self.write_order]
+        alive = {e: slot for slot, e in last_write.items() if e // write_idx.shape[1] >= begins[-1]}
+        left = {e: leaving.index(slot) for e, slot in alive.items() if slot in leaving}
+        self.leaving = [left.get(int(e), -1) for e in self.write_order]
         seen = self.read_source.ravel()[self.read_order]
         self.readers = [np.nonzero(seen == event)[0].tolist() for event in self.write_order]
 

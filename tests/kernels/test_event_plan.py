@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from slotmamba_kernels.hksa.event_plan import EventPlan, make_event_plan
+from slotmamba_kernels.hksa.event_plan import EventPlan, bucket_shift, make_event_plan
 from tests.kernels.ahead_of_time import ARCHITECTURES, compile_in_subprocess
 from tests.kernels.event_plan_by_hand import streams_by_hand
 from tests.seeds import seed_afresh
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = ["link_kernel", "rank_kernel", "scan_kernel", "scatter_kernel"]
 
 
 def draw(low: int, high: int) -> int:
@@ -152,3 +153,76 @@ def test_plan_at_random(number: int) -> None:
         entering=("none", "dense", "sparse")[draw(0, 2)], leaving=("dense", "sparse")[draw(0, 1)],
     )  # fmt: skip
     assert_right(make_event_plan(*call[0], **call[1]), call)
+
+
+def test_plan_is_repeatable_and_reads_no_memory_that_it_did_not_write() -> None:
+    """In deterministic mode torch fills the integers that torch.empty returns with their largest number."""
+    seed_afresh()
+    call = random_call(num_slots=4**10, tokens=41, documents=True, entering="sparse", leaving="sparse")
+    want = make_event_plan(*call[0], **call[1])
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert (torch.empty(3, dtype=torch.int32, device=DEVICE) == torch.iinfo(torch.int32).max).all()
+        got = make_event_plan(*call[0], **call[1])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(x, y) for x, y in zip(got.tensors(), want.tensors(), strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA: too large for the interpreter")
+@pytest.mark.parametrize("skew", ["uniform", "zipf", "same"])
+@pytest.mark.parametrize("num_slots", [256, 1024, 4**10])
+def test_plan_at_training_sizes(num_slots: int, skew: str) -> None:
+    seed_afresh()
+    if skew == "zipf" and num_slots == 4**10:
+        num_slots = 4**8
+    call = random_call(
+        batch=2, tokens=4096, heads=2, writes=8, reads=8, num_slots=num_slots, skew=skew, documents=skew == "uniform"
+    )
+    assert_right(make_event_plan(*call[0], **call[1]), call)
+
+
+def test_buckets_are_slots_or_hold_several_events() -> None:
+    assert (bucket_shift(1024, 32768), bucket_shift(1024, 1024), bucket_shift(1024, 1)) == (0, 4, 10)
+    assert (bucket_shift(4**10, 262144), bucket_shift(4**10, 512), bucket_shift(1, 512)) == (10, 15, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start": 13}, "not a stretch"),
+        ({"start": -1}, "not a stretch"),
+        ({"length": 14}, "not a stretch"),
+        ({"length": 0}, "not a stretch"),
+        ({"entering": "sparse"}, "entering_slots absent"),
+        ({"entering": "all"}, "expected none, dense, or sparse"),
+        ({"entering_slots": torch.zeros(4, 3, dtype=torch.int32)}, "entering_slots given"),
+        ({"leaving_slots": torch.zeros(4, 3)}, "leaving_slots has shape"),
+        ({"doc_start": torch.zeros(2, 12)}, "doc_start has shape"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    call = random_call()
+    with pytest.raises(ValueError, match=message):
+        make_event_plan(*call[0], **call[1] | change)
+    with pytest.raises(ValueError, match=r"write_idx has shape .* and dtype torch.int64"):
+        make_event_plan(call[0][0].long(), *call[0][1:])
+
+
+def _compiled(**options: Any) -> EventPlan:
+    torch.manual_seed(0)
+    call = random_call(**options)
+    return make_event_plan(*call[0], **call[1])
+
+
+CALLS = {
+    "plain": partial(_compiled, writes=8, reads=8, num_slots=1024, tokens=64, entering="none"),
+    "everything": partial(
+        _compiled, num_slots=4**10, tokens=23, stretch=(3, 17), documents=True, entering="sparse", leaving="sparse"
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_ahead_of_time(architecture: int) -> None:
+    assert compile_in_subprocess(architecture, "tests.kernels.test_event_plan:CALLS") == KERNELS

@@ -7,7 +7,7 @@ starts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -19,7 +19,7 @@ MAX_DIGIT_BITS = 10
 """Of one pass of the sort: all of M=1024 slots in one pass, M=4^10 in two."""
 
 EVENTS_PER_BUCKET = 16
-"""At least, on average, where a bucket holds several slots. Two tokens' worth: a bucket's writes wait for each other."""
+"""At least, on average, where a bucket holds several slots. Few, since a bucket's writes wait for each other."""
 
 SCAN_ROWS = 16
 LINK_TILE = 512
@@ -39,7 +39,8 @@ class EventPlan:
     previous: [S, N] by position, code of the state that the write starts from.
     leaving: [S, N] by position, row of the leaving memory that the state after the write is; -1 if another write
         of the slot comes later, or the write's document is not the one alive at the end, or there is no such row.
-    write_bucket: [S, NB+1] positions at which buckets begin, NB = num_buckets, bucket = slot >> shift; the last is N.
+    write_bucket: [S, NB+1] positions at which buckets begin, NB = num_buckets; the last entry is N. The bucket of a
+        slot is slot >> shift.
     read_order: [S, R] reads sorted by (slot, time).
     read_bucket: [S, NB+1] the same as write_bucket, for reads.
     read_range: [S, N, 2] by position of the write, [begin, end) in read_order of the reads that see the state after it;
@@ -57,8 +58,28 @@ class EventPlan:
     read_range: Tensor
     write_source: Tensor
     read_source: Tensor
-    num_buckets: int
     shift: int
+
+    @property
+    def num_buckets(self) -> int:
+        return self.write_bucket.shape[1] - 1
+
+    def tensors(self) -> list[Tensor]:
+        """All but `shift`, in the order of the constructor."""
+        return [x for x in vars(self).values() if isinstance(x, Tensor)]
+
+    def with_leaving(self, leaving: Tensor) -> EventPlan:
+        return replace(self, leaving=leaving)
+
+
+def bucket_shift(num_slots: int, writes: int) -> int:
+    """`EventPlan.shift` for streams of so many writes: a bucket is one slot, or holds several events on average."""
+    bits = _slot_bits(num_slots)
+    return bits - min(bits, MAX_DIGIT_BITS, max(writes // EVENTS_PER_BUCKET, 1).bit_length() - 1)
+
+
+def _slot_bits(num_slots: int) -> int:
+    return max((num_slots - 1).bit_length(), 1)
 
 
 @dataclass(frozen=True)
@@ -67,31 +88,24 @@ class _Sizes:
 
     digits: tuple[tuple[int, int], ...]
     block: int
-    num_buckets: int
-    shift: int
 
     def blocks(self, count: int) -> int:
         return triton.cdiv(count, self.block)
 
 
-def _sizes(num_slots: int, writes: int, events: int) -> _Sizes:
-    """For streams of `writes` writes, and `events` events of the more frequent kind."""
-    bits = max((num_slots - 1).bit_length(), 1)
-    top = min(bits, MAX_DIGIT_BITS)
+def _sizes(num_slots: int, events: int) -> _Sizes:
+    """For streams of so many events of the more frequent kind."""
     # The most significant digit is the widest, since buckets are made of it; the others share what is left.
-    passes = triton.cdiv(bits - top, MAX_DIGIT_BITS)
+    bits = _slot_bits(num_slots)
+    top = min(bits, MAX_DIGIT_BITS)
     digits, shift = [], 0
-    for left in range(passes, 0, -1):
+    for left in range(triton.cdiv(bits - top, MAX_DIGIT_BITS), 0, -1):
         width = triton.cdiv(bits - top - shift, left)
         digits.append((shift, width))
         shift += width
     digits.append((shift, top))
-
-    bucket_bits = min(top, max(writes // EVENTS_PER_BUCKET, 1).bit_length() - 1)
-    shift = bits - bucket_bits
-    # About 16 blocks a stream, of as many events as a digit has values, and a warp walks through each.
-    block = min(max(triton.next_power_of_2(events) // 16, 256), 4096)
-    return _Sizes(tuple(digits), block, ((num_slots - 1) >> shift) + 1, shift)
+    # About 16 blocks a stream, of as many events as a digit has values; a warp walks through each.
+    return _Sizes(tuple(digits), min(max(triton.next_power_of_2(events) // 16, 256), 4096))
 
 
 @torch.no_grad()
@@ -131,7 +145,8 @@ def make_event_plan(
     _check(write_idx, read_idx, start, length, doc_start, entering, entering_slots, leaving_slots)
     streams, device = batch * heads, write_idx.device
     counts = (length * writes, length * reads)
-    sizes = _sizes(num_slots, counts[0], max(counts))
+    shift = bucket_shift(num_slots, counts[0])
+    buckets = ((num_slots - 1) >> shift) + 1
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
@@ -140,16 +155,15 @@ def make_event_plan(
         write_order=empty(streams, counts[0]),
         previous=empty(streams, counts[0]),
         leaving=empty(streams, counts[0]),
-        write_bucket=empty(streams, sizes.num_buckets + 1),
+        write_bucket=empty(streams, buckets + 1),
         read_order=empty(streams, counts[1]),
-        read_bucket=empty(streams, sizes.num_buckets + 1),
+        read_bucket=empty(streams, buckets + 1),
         read_range=empty(streams, counts[0], 2),
         write_source=empty(batch, length, heads, writes),
         read_source=empty(batch, length, heads, reads),
-        num_buckets=sizes.num_buckets,
-        shift=sizes.shift,
+        shift=shift,
     )
-    words = _sort(write_idx, read_idx, start, counts, plan, sizes)
+    words = _sort(write_idx, read_idx, start, counts, plan, _sizes(num_slots, max(counts)))
     tile = min(LINK_TILE, triton.next_power_of_2(max(counts)))
     link_kernel[triton.cdiv(max(counts), tile), streams, 2](
         *words, plan.write_bucket,
@@ -157,7 +171,7 @@ def make_event_plan(
         plan.write_order, plan.previous, plan.leaving, plan.write_source,
         plan.read_order, plan.read_range, plan.read_source,
         start, length, tokens, heads,
-        *(0 if x is None else x.shape[1] for x in (entering_slots, leaving_slots)), sizes.num_buckets, sizes.shift,
+        *(0 if x is None else x.shape[1] for x in (entering_slots, leaving_slots)), buckets, shift,
         WRITES=writes, READS=reads, TILE=tile, DOCUMENTS=doc_start is not None, ENTERING=entering,
         LEAVING="dense" if leaving_slots is None else "sparse", num_warps=4, num_stages=1,
     )  # fmt: skip
@@ -167,7 +181,7 @@ def make_event_plan(
 def _sort(
     write_idx: Tensor, read_idx: Tensor, start: int, counts: tuple[int, int], plan: EventPlan, sizes: _Sizes
 ) -> list[Tensor]:
-    """The words slot << 32 | event of the writes [S, N] and of the reads [S, R], sorted. Fills in the plan's buckets."""
+    """The words slot << 32 | event of the writes [S, N] and the reads [S, R], sorted. Fills in the plan's buckets."""
     batch, tokens, heads, writes = write_idx.shape
     streams = batch * heads
     per_token = {"WRITES": writes, "READS": read_idx.shape[3]}
@@ -183,8 +197,8 @@ def _sort(
             *shared, *where, **per_token, BLOCK=sizes.block, BITS=bits, FIRST=first, num_warps=1, num_stages=1
         )
         scan_kernel[streams, 2](
-            *workspace.digit_counts, plan.write_bucket, plan.read_bucket, *counts, sizes.num_buckets,
-            1 << max(sizes.shift - shift, 0), BLOCK=sizes.block, BITS=bits, ROWS=SCAN_ROWS, LAST=last,
+            *workspace.digit_counts, plan.write_bucket, plan.read_bucket, *counts, plan.num_buckets,
+            1 << max(plan.shift - shift, 0), BLOCK=sizes.block, BITS=bits, ROWS=SCAN_ROWS, LAST=last,
             num_warps=8, num_stages=1,
         )  # fmt: skip
         words = workspace.words[(number + 1) % 2]
