@@ -1,4 +1,4 @@
-"""How long HKSA's event plan takes on a GPU, beside a stable torch.sort of the same events; then its kernels, one by one.
+"""How long HKSA's event plan takes on a GPU, beside a stable torch.sort of the same events; then kernel by kernel.
 
     PYTHONPATH=kernels python kernels/benchmarks/plan.py
 

@@ -43,8 +43,10 @@ class Stream:
         alive = {e: slot for slot, e in last_write.items() if e // write_idx.shape[1] >= begins[-1]}
         left = {e: leaving.index(slot) for e, slot in alive.items() if slot in leaving}
         self.leaving = [left.get(int(e), -1) for e in self.write_order]
-        seen = self.read_source.ravel()[self.read_order]
-        self.readers = [np.nonzero(seen == event)[0].tolist() for event in self.write_order]
+        positions: dict[int, list[int]] = {}
+        for position, code in enumerate(self.read_source.ravel()[self.read_order]):
+            positions.setdefault(int(code), []).append(position)
+        self.readers = [positions.get(int(event), []) for event in self.write_order]
 
 
 def streams_by_hand(

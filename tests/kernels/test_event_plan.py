@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from slotmamba_kernels.hksa import event_plan
 from slotmamba_kernels.hksa.event_plan import EventPlan, bucket_shift, make_event_plan
 from tests.kernels.ahead_of_time import ARCHITECTURES, compile_in_subprocess
 from tests.kernels.event_plan_by_hand import streams_by_hand
 from tests.seeds import seed_afresh
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GUARD = 64
 KERNELS = ["link_kernel", "rank_kernel", "scan_kernel", "scatter_kernel"]
 
 
@@ -155,18 +157,32 @@ def test_plan_at_random(number: int) -> None:
     assert_right(make_event_plan(*call[0], **call[1]), call)
 
 
-def test_plan_is_repeatable_and_reads_no_memory_that_it_did_not_write() -> None:
-    """In deterministic mode torch fills the integers that torch.empty returns with their largest number."""
+def test_plan_of_more_blocks_than_are_scanned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed_afresh()
+    monkeypatch.setattr(event_plan, "SCAN_ROWS", 2)
+    call = random_call(batch=1, heads=2, tokens=421, num_slots=21, writes=7, reads=3, documents=True)
+    assert_right(make_event_plan(*call[0], **call[1]), call)
+
+
+def test_plan_is_repeatable_and_stays_within_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.empty returns is filled with a number that the plan must neither read nor, around it, overwrite."""
     seed_afresh()
     call = random_call(num_slots=4**10, tokens=41, documents=True, entering="sparse", leaving="sparse")
     want = make_event_plan(*call[0], **call[1])
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert (torch.empty(3, dtype=torch.int32, device=DEVICE) == torch.iinfo(torch.int32).max).all()
-        got = make_event_plan(*call[0], **call[1])
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(x, y) for x, y in zip(got.tensors(), want.tensors(), strict=True))
+    for filling in (0, -1, 2**30 + 12345):
+        memory: list[torch.Tensor] = []
+
+        def guarded(shape: Any, filling: int = filling, memory: list[torch.Tensor] = memory, **options: Any) -> Any:
+            size = torch.Size([shape] if isinstance(shape, int) else shape)
+            memory.append(torch.full((size.numel() + 2 * GUARD,), filling, **options))
+            return memory[-1][GUARD:-GUARD].view(size)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", guarded)
+            got = make_event_plan(*call[0], **call[1])
+        assert len(memory) == 10
+        assert all((x[:GUARD] == filling).all() and (x[-GUARD:] == filling).all() for x in memory)
+        assert all(torch.equal(x, y) for x, y in zip(got.tensors(), want.tensors(), strict=True))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA: too large for the interpreter")

@@ -21,8 +21,10 @@ MAX_DIGIT_BITS = 10
 EVENTS_PER_BUCKET = 16
 """At least, on average, where a bucket holds several slots. Few, since a bucket's writes wait for each other."""
 
+RANK_PROGRAMS = 2048
+MIN_BLOCK, MAX_BLOCK = 512, 4096
 SCAN_ROWS = 16
-LINK_TILE = 512
+TILE = 512
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class _Sizes:
         return triton.cdiv(count, self.block)
 
 
-def _sizes(num_slots: int, events: int) -> _Sizes:
+def _sizes(num_slots: int, streams: int, events: int) -> _Sizes:
     """For streams of so many events of the more frequent kind."""
     # The most significant digit is the widest, since buckets are made of it; the others share what is left.
     bits = _slot_bits(num_slots)
@@ -104,11 +106,11 @@ def _sizes(num_slots: int, events: int) -> _Sizes:
         digits.append((shift, width))
         shift += width
     digits.append((shift, top))
-    # About 16 blocks a stream, of as many events as a digit has values; a warp walks through each.
-    return _Sizes(tuple(digits), min(max(triton.next_power_of_2(events) // 16, 256), 4096))
+    # A warp walks through each block. Enough of them to fill a GPU, but not many more counts than events.
+    block = triton.next_power_of_2(2 * streams * events // RANK_PROGRAMS)
+    return _Sizes(tuple(digits), min(max(block, MIN_BLOCK), MAX_BLOCK))
 
 
-@torch.no_grad()
 def make_event_plan(
     write_idx: Tensor,
     read_idx: Tensor,
@@ -163,16 +165,15 @@ def make_event_plan(
         read_source=empty(batch, length, heads, reads),
         shift=shift,
     )
-    words = _sort(write_idx, read_idx, start, counts, plan, _sizes(num_slots, max(counts)))
-    tile = min(LINK_TILE, triton.next_power_of_2(max(counts)))
-    link_kernel[triton.cdiv(max(counts), tile), streams, 2](
+    words = _sort(write_idx, read_idx, start, counts, plan, _sizes(num_slots, streams, max(counts)))
+    link_kernel[triton.cdiv(max(counts), TILE), streams, 2](
         *words, plan.write_bucket,
         *(write_idx if x is None else x for x in (doc_start, entering_slots, leaving_slots)),  # not looked at if None
         plan.write_order, plan.previous, plan.leaving, plan.write_source,
         plan.read_order, plan.read_range, plan.read_source,
         start, length, tokens, heads,
         *(0 if x is None else x.shape[1] for x in (entering_slots, leaving_slots)), buckets, shift,
-        WRITES=writes, READS=reads, TILE=tile, DOCUMENTS=doc_start is not None, ENTERING=entering,
+        WRITES=writes, READS=reads, TILE=TILE, DOCUMENTS=doc_start is not None, ENTERING=entering,
         LEAVING="dense" if leaving_slots is None else "sparse", num_warps=4, num_stages=1,
     )  # fmt: skip
     return plan
@@ -186,7 +187,6 @@ def _sort(
     streams = batch * heads
     per_token = {"WRITES": writes, "READS": read_idx.shape[3]}
     blocks = sizes.blocks(max(counts))
-    tile = min(sizes.block, 512)
     workspace = _Workspace(write_idx, streams, counts, sizes)
     words = workspace.words[0]  # not looked at in the first pass
     for number, (shift, bits) in enumerate(sizes.digits):
@@ -202,8 +202,8 @@ def _sort(
             num_warps=8, num_stages=1,
         )  # fmt: skip
         words = workspace.words[(number + 1) % 2]
-        scatter_kernel[triton.cdiv(max(counts), tile), streams, 2](
-            *shared, *words, plan.read_range, *where, **per_token, BLOCK=sizes.block, TILE=tile, BITS=bits,
+        scatter_kernel[triton.cdiv(max(counts), TILE), streams, 2](
+            *shared, *words, plan.read_range, *where, **per_token, BLOCK=sizes.block, TILE=TILE, BITS=bits,
             FIRST=first, num_warps=4, num_stages=1,
         )  # fmt: skip
     return words
