@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 from torch import Tensor
 
 from slotmamba_kernels.hksa.event_plan_kernels import link_kernel, rank_kernel, scan_kernel, scatter_kernel
@@ -80,6 +79,11 @@ def bucket_shift(num_slots: int, writes: int) -> int:
     return bits - min(bits, MAX_DIGIT_BITS, max(writes // EVENTS_PER_BUCKET, 1).bit_length() - 1)
 
 
+def _ceil_div(a: int, b: int) -> int:
+    """triton.cdiv, which takes microseconds when called from Python."""
+    return -(-a // b)
+
+
 def _slot_bits(num_slots: int) -> int:
     return max((num_slots - 1).bit_length(), 1)
 
@@ -92,7 +96,7 @@ class _Sizes:
     block: int
 
     def blocks(self, count: int) -> int:
-        return triton.cdiv(count, self.block)
+        return _ceil_div(count, self.block)
 
 
 def _sizes(num_slots: int, streams: int, events: int) -> _Sizes:
@@ -101,13 +105,13 @@ def _sizes(num_slots: int, streams: int, events: int) -> _Sizes:
     bits = _slot_bits(num_slots)
     top = min(bits, MAX_DIGIT_BITS)
     digits, shift = [], 0
-    for left in range(triton.cdiv(bits - top, MAX_DIGIT_BITS), 0, -1):
-        width = triton.cdiv(bits - top - shift, left)
+    for left in range(_ceil_div(bits - top, MAX_DIGIT_BITS), 0, -1):
+        width = _ceil_div(bits - top - shift, left)
         digits.append((shift, width))
         shift += width
     digits.append((shift, top))
     # A warp walks through each block. Enough of them to fill a GPU, but not many more counts than events.
-    block = triton.next_power_of_2(2 * streams * events // RANK_PROGRAMS)
+    block = 1 << max(2 * streams * events // RANK_PROGRAMS - 1, 0).bit_length()
     return _Sizes(tuple(digits), min(max(block, MIN_BLOCK), MAX_BLOCK))
 
 
@@ -166,7 +170,7 @@ def make_event_plan(
         shift=shift,
     )
     words = _sort(write_idx, read_idx, start, counts, plan, _sizes(num_slots, streams, max(counts)))
-    link_kernel[triton.cdiv(max(counts), TILE), streams, 2](
+    link_kernel[_ceil_div(max(counts), TILE), streams, 2](
         *words, plan.write_bucket,
         *(write_idx if x is None else x for x in (doc_start, entering_slots, leaving_slots)),  # not looked at if None
         plan.write_order, plan.previous, plan.leaving, plan.write_source,
@@ -202,7 +206,7 @@ def _sort(
             num_warps=8, num_stages=1,
         )  # fmt: skip
         words = workspace.words[(number + 1) % 2]
-        scatter_kernel[triton.cdiv(max(counts), TILE), streams, 2](
+        scatter_kernel[_ceil_div(max(counts), TILE), streams, 2](
             *shared, *words, plan.read_range, *where, **per_token, BLOCK=sizes.block, TILE=TILE, BITS=bits,
             FIRST=first, num_warps=4, num_stages=1,
         )  # fmt: skip
@@ -221,8 +225,8 @@ class _Workspace:
         numbers = [streams * count for count in counts]
         digit_counts = [streams * sizes.blocks(count) * digits for count in counts]
         # In 8 bytes; pieces begin at multiples of 16 bytes, as the compiler is told of fresh tensors.
-        pieces = [*numbers * copies, *(triton.cdiv(x, 2) for x in numbers + digit_counts)]
-        pieces = [triton.cdiv(x, 2) * 2 for x in pieces]
+        pieces = [*numbers * copies, *(_ceil_div(x, 2) for x in numbers + digit_counts)]
+        pieces = [_ceil_div(x, 2) * 2 for x in pieces]
         parts = torch.empty(sum(pieces), dtype=torch.int64, device=like.device).split(pieces)
         self.words = [parts[:2], parts[2:4] if copies == 2 else parts[:2]]
         ranks = parts[2 * copies :]
