@@ -18,7 +18,7 @@ MAX_DIGIT_BITS = 10
 """Of one pass of the sort: all of M=1024 slots in one pass, M=4^10 in two."""
 
 EVENTS_PER_BUCKET = 16
-"""At least, on average, where a bucket holds several slots. Few, since a bucket's writes wait for each other."""
+"""At least, on average, or a bucket is made of several slots. Few, since a bucket's writes wait for each other."""
 
 RANK_PROGRAMS = 2048
 MIN_BLOCK, MAX_BLOCK = 512, 4096
@@ -41,7 +41,7 @@ class EventPlan:
     leaving: [S, N] by position, row of the leaving memory that the state after the write is; -1 if another write
         of the slot comes later, or the write's document is not the one alive at the end, or there is no such row.
     write_bucket: [S, NB+1] positions at which buckets begin, NB = num_buckets; the last entry is N. The bucket of a
-        slot is slot >> shift.
+        slot is slot >> bucket_shift(M, N), the slot itself if NB = M.
     read_order: [S, R] reads sorted by (slot, time).
     read_bucket: [S, NB+1] the same as write_bucket, for reads.
     read_range: [S, N, 2] by position of the write, [begin, end) in read_order of the reads that see the state after it;
@@ -59,22 +59,21 @@ class EventPlan:
     read_range: Tensor
     write_source: Tensor
     read_source: Tensor
-    shift: int
 
     @property
     def num_buckets(self) -> int:
         return self.write_bucket.shape[1] - 1
 
     def tensors(self) -> list[Tensor]:
-        """All but `shift`, in the order of the constructor."""
-        return [x for x in vars(self).values() if isinstance(x, Tensor)]
+        """All of them, in the order of the fields."""
+        return list(vars(self).values())
 
     def with_leaving(self, leaving: Tensor) -> EventPlan:
         return replace(self, leaving=leaving)
 
 
 def bucket_shift(num_slots: int, writes: int) -> int:
-    """`EventPlan.shift` for streams of so many writes: a bucket is one slot, or holds several events on average."""
+    """Bits of a slot below its bucket's, in streams of so many writes."""
     bits = _slot_bits(num_slots)
     return bits - min(bits, MAX_DIGIT_BITS, max(writes // EVENTS_PER_BUCKET, 1).bit_length() - 1)
 
@@ -93,14 +92,15 @@ class _Sizes:
     """Sizes of the launches; digits: (shift, bits) of each pass of the sort, least significant first."""
 
     digits: tuple[tuple[int, int], ...]
+    bucket_shift: int
     block: int
 
     def blocks(self, count: int) -> int:
         return _ceil_div(count, self.block)
 
 
-def _sizes(num_slots: int, streams: int, events: int) -> _Sizes:
-    """For streams of so many events of the more frequent kind."""
+def _sizes(num_slots: int, streams: int, writes: int, reads: int) -> _Sizes:
+    """For streams of so many writes and reads."""
     # The most significant digit is the widest, since buckets are made of it; the others share what is left.
     bits = _slot_bits(num_slots)
     top = min(bits, MAX_DIGIT_BITS)
@@ -111,8 +111,8 @@ def _sizes(num_slots: int, streams: int, events: int) -> _Sizes:
         shift += width
     digits.append((shift, top))
     # A warp walks through each block. Enough of them to fill a GPU, but not many more counts than events.
-    block = 1 << max(2 * streams * events // RANK_PROGRAMS - 1, 0).bit_length()
-    return _Sizes(tuple(digits), min(max(block, MIN_BLOCK), MAX_BLOCK))
+    block = 1 << max(streams * (writes + reads) // RANK_PROGRAMS - 1, 0).bit_length()
+    return _Sizes(tuple(digits), bucket_shift(num_slots, writes), min(max(block, MIN_BLOCK), MAX_BLOCK))
 
 
 def make_event_plan(
@@ -151,8 +151,8 @@ def make_event_plan(
     _check(write_idx, read_idx, start, length, doc_start, entering, entering_slots, leaving_slots)
     streams, device = batch * heads, write_idx.device
     counts = (length * writes, length * reads)
-    shift = bucket_shift(num_slots, counts[0])
-    buckets = ((num_slots - 1) >> shift) + 1
+    sizes = _sizes(num_slots, streams, *counts)
+    buckets = ((num_slots - 1) >> sizes.bucket_shift) + 1
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
@@ -167,16 +167,15 @@ def make_event_plan(
         read_range=empty(streams, counts[0], 2),
         write_source=empty(batch, length, heads, writes),
         read_source=empty(batch, length, heads, reads),
-        shift=shift,
     )
-    words = _sort(write_idx, read_idx, start, counts, plan, _sizes(num_slots, streams, max(counts)))
+    words = _sort(write_idx, read_idx, start, counts, plan, sizes)
     link_kernel[_ceil_div(max(counts), TILE), streams, 2](
         *words, plan.write_bucket,
         *(write_idx if x is None else x for x in (doc_start, entering_slots, leaving_slots)),  # not looked at if None
         plan.write_order, plan.previous, plan.leaving, plan.write_source,
         plan.read_order, plan.read_range, plan.read_source,
         start, length, tokens, heads,
-        *(0 if x is None else x.shape[1] for x in (entering_slots, leaving_slots)), buckets, shift,
+        *(0 if x is None else x.shape[1] for x in (entering_slots, leaving_slots)), buckets, sizes.bucket_shift,
         WRITES=writes, READS=reads, TILE=TILE, DOCUMENTS=doc_start is not None, ENTERING=entering,
         LEAVING="dense" if leaving_slots is None else "sparse", num_warps=4, num_stages=1,
     )  # fmt: skip
@@ -202,7 +201,7 @@ def _sort(
         )
         scan_kernel[streams, 2](
             *workspace.digit_counts, plan.write_bucket, plan.read_bucket, *counts, plan.num_buckets,
-            1 << max(plan.shift - shift, 0), BLOCK=sizes.block, BITS=bits, ROWS=SCAN_ROWS, LAST=last,
+            1 << max(sizes.bucket_shift - shift, 0), BLOCK=sizes.block, BITS=bits, ROWS=SCAN_ROWS, LAST=last,
             num_warps=8, num_stages=1,
         )  # fmt: skip
         words = workspace.words[(number + 1) % 2]
