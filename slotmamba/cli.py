@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from slotmamba.errors import SlotMambaError, suggestion
+from slotmamba.errors import InputError, SlotMambaError, suggestion
 from slotmamba_data.cli import add_data_commands
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ DONE, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 BAD_PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
-class UsageError(ValueError):
+class UsageError(InputError):
     """A command line that does not parse."""
 
 
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if message is None:
             raise
         return _fail(message, FAILURE)
-    except ValueError as error:
+    except InputError as error:
         return _fail(str(error), BAD_INPUT)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)

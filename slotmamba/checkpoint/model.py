@@ -17,13 +17,14 @@ from slotmamba.checkpoint.manifest import (
     verify_files,
 )
 from slotmamba.checkpoint.tensors import digests, read_tensors, stored_tensors
+from slotmamba.errors import InputError
 
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint folder that ``path`` means: itself, or the newest one of a checkpoints or a run folder.
 
     Raises:
-        ValueError: there is none.
+        InputError: there is none.
     """
     if (path / MANIFEST).exists():
         return path
@@ -31,7 +32,7 @@ def find_checkpoint(path: Path) -> Path:
         steps = claimed_steps(folder)
         if steps:
             return folder / step_name(steps[-1])
-    raise ValueError(
+    raise InputError(
         f"{path} has no checkpoint: expected a run folder, its `checkpoints`, or a folder in there with {MANIFEST}"
     )
 
@@ -40,12 +41,12 @@ def recipe_path(path: Path) -> Path:
     """recipe.yaml of the run that the checkpoint (as in `find_checkpoint`) belongs to.
 
     Raises:
-        ValueError: there is no checkpoint, or no recipe.yaml two folders above it.
+        InputError: there is no checkpoint, or no recipe.yaml two folders above it.
     """
     checkpoint = find_checkpoint(path).resolve()
     recipe = checkpoint.parent.parent / "recipe.yaml"
     if not recipe.is_file():
-        raise ValueError(f"{recipe} is missing: expected the recipe of the run beside its checkpoints")
+        raise InputError(f"{recipe} is missing: expected the recipe of the run beside its checkpoints")
     return recipe
 
 
@@ -56,7 +57,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> nn.Modul
         path: A checkpoint, a run's ``checkpoints`` folder or a run folder (the newest checkpoint).
 
     Raises:
-        ValueError: there is no checkpoint, or this version builds another model from its configuration.
+        InputError: there is no checkpoint, or this version builds another model from its configuration.
         DamagedCheckpointError: a file is missing or differs from what was written.
     """
     from slotmamba.config.schema import ModelConfig

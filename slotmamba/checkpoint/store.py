@@ -44,8 +44,9 @@ from slotmamba.checkpoint.tensors import (
     stored_tensors,
     write_tensors,
 )
-from slotmamba.errors import SlotMambaError
-from slotmamba.files import fsync_folder, write_json
+from slotmamba.errors import InputError, SlotMambaError
+from slotmamba.files import write_json
+from slotmamba_data.files import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class CheckpointStore:
 
         Raises:
             DamagedCheckpointError: a file is missing or differs from what was written.
-            ValueError: it is a checkpoint of another model.
+            InputError: it is a checkpoint of another model.
         """
         folder = self.folder / step_name(step)
         manifest = read_manifest(folder)
@@ -149,7 +150,7 @@ class CheckpointStore:
 
         Raises:
             SlotMambaError: there are checkpoints, but each of them is damaged.
-            ValueError: the newest is a checkpoint of another model.
+            InputError: the newest is a checkpoint of another model.
         """
         steps = claimed_steps(self.folder)
         for step in reversed(steps):
@@ -174,7 +175,7 @@ class CheckpointStore:
             shutil.rmtree(folder)
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
-            fsync_folder(self.folder.parent)
+            sync_folder(self.folder.parent)
         folder.mkdir()
         tensors = state.model_tensors(model) | state.optimizer_tensors(model, optimizer)
         write_tensors(folder, tensors)
@@ -216,7 +217,7 @@ class CheckpointStore:
         final = self.folder / step_name(step)
         replaced = self._set_aside(final) if final.exists() else None
         temporary.rename(final)
-        fsync_folder(self.folder)
+        sync_folder(self.folder)
         if replaced:
             _delete(replaced)
         return final
@@ -225,7 +226,7 @@ class CheckpointStore:
         """From here on the folder is not a checkpoint."""
         aside = checkpoint.with_name(f".old-{checkpoint.name}-{os.getpid()}")
         checkpoint.rename(aside)
-        fsync_folder(self.folder)
+        sync_folder(self.folder)
         return aside
 
     def _prune(self, saved: int) -> None:
@@ -241,7 +242,7 @@ class CheckpointStore:
         differences = _differences(manifest.model, self.model_config, "model")
         if differences:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-            raise ValueError(f"{folder} is of another model: {', '.join(differences[:3])}{more}")
+            raise InputError(f"{folder} is of another model: {', '.join(differences[:3])}{more}")
 
     def _save_error(self, step: int, error: OSError) -> OSError:
         latest = self.latest()

@@ -8,9 +8,11 @@ from pathlib import Path
 from slotmamba.checkpoint import find_checkpoint, load_model, recipe_path
 from slotmamba.config import load_recipe
 from slotmamba.device import choose_device
+from slotmamba.errors import InputError
 from slotmamba.evaluate import perplexity, recall
-from slotmamba.files import write_bytes, write_json
+from slotmamba.files import write_json
 from slotmamba.models import SlotMambaForCausalLM, SlotMambaForSeq2Seq
+from slotmamba_data.files import write_file
 
 SUITES: dict[str, Callable[..., recall.RecallReport | perplexity.PerplexityReport]] = {
     "recall": recall.evaluate,
@@ -27,15 +29,15 @@ def run(checkpoint: Path | str, suite: str, samples: int | None = None) -> int:
         samples: of each recall setting; None is the published number.
 
     Raises:
-        ValueError: no such suite, samples below 1 or of another suite, no checkpoint, a suite that does not fit the
+        InputError: no such suite, samples below 1 or of another suite, no checkpoint, a suite that does not fit the
             run, or data that are not there.
         DamagedCheckpointError: the checkpoint is not as it was written.
         OSError: the results cannot be written.
     """
     if suite not in SUITES:
-        raise ValueError(f"suite {suite!r} is not known: expected one of {', '.join(SUITES)}")
+        raise InputError(f"suite {suite!r} is not known: expected one of {', '.join(SUITES)}")
     if samples is not None and (suite != "recall" or samples < 1):
-        raise ValueError(f"samples={samples}: expected at least 1, and with the suite recall only")
+        raise InputError(f"samples={samples}: expected at least 1, and with the suite recall only")
     path = find_checkpoint(Path(checkpoint))
     recipe_file = recipe_path(path)
     recipe = load_recipe(recipe_file)
@@ -52,6 +54,6 @@ def run(checkpoint: Path | str, suite: str, samples: int | None = None) -> int:
     write_json(folder / f"{suite}.json", results)
     print(folder / f"{suite}.json")
     if isinstance(report, recall.RecallReport):
-        write_bytes(folder / f"{suite}.png", report.plot(f"{recipe.name}, {path.resolve().name}"))
+        write_file(folder / f"{suite}.png", report.plot(f"{recipe.name}, {path.resolve().name}"))
         print(folder / f"{suite}.png")
     return 0

@@ -13,7 +13,7 @@ import torch
 from slotmamba.batch import check_data, plan_source
 from slotmamba.config.schema import Recipe, SourceConfig
 from slotmamba.device import compute_precision
-from slotmamba.errors import SlotMambaError
+from slotmamba.errors import InputError, SlotMambaError
 from slotmamba.evaluate.validation import Validation
 from slotmamba.models import SlotMamba
 from slotmamba.tables import table
@@ -70,13 +70,13 @@ def evaluate(model: SlotMamba, recipe: Recipe, device: torch.device) -> Perplexi
     """Perplexity on one whole epoch of each validation source of kind lm, packed in rows as in training.
 
     Raises:
-        ValueError: there is no such source, or its shards are missing, damaged or not of the run's tokenizer and
+        InputError: there is no such source, or its shards are missing, damaged or not of the run's tokenizer and
             vocabulary.
         SlotMambaError: the loss is not finite.
     """
     sources = [source for source in recipe.data.validation if source.kind == "lm"]
     if not sources:
-        raise ValueError(
+        raise InputError(
             f"{recipe.name} has no validation text: perplexity needs a source of kind lm in data.validation"
         )
     assert not recipe.model.encoder_layers, "recipes refuse text for models with an encoder"
@@ -90,7 +90,7 @@ def unigram_entropy(source: Source) -> float:
     No model that predicts the same distribution everywhere has a lower loss on it.
 
     Raises:
-        ValueError: the shards are missing or damaged, not text, or have nothing to predict.
+        InputError: the shards are missing or damaged, not text, or have nothing to predict.
     """
     return _entropy(_label_counts(source))
 
@@ -98,10 +98,10 @@ def unigram_entropy(source: Source) -> float:
 def _label_counts(source: Source) -> np.ndarray:
     """How often each token is a label in one epoch, int64 [vocab_size]: all tokens but the first of each document."""
     if source.shards is None:
-        raise ValueError(f"source {source.name!r} is not text: expected one of kind lm")
+        raise InputError(f"source {source.name!r} is not text: expected one of kind lm")
     folder = ShardFolder(source.shards)
     if folder.manifest.kind != "lm":
-        raise ValueError(f"source {source.name!r}: {folder.path} holds data of kind {folder.manifest.kind}, not lm")
+        raise InputError(f"source {source.name!r}: {folder.path} holds data of kind {folder.manifest.kind}, not lm")
     counts = np.zeros(folder.manifest.vocab_size, dtype=np.int64)
     try:
         for document in range(len(folder.counts)):
@@ -109,7 +109,7 @@ def _label_counts(source: Source) -> np.ndarray:
     finally:
         folder.close()
     if not counts.any():
-        raise ValueError(f"source {source.name!r}: {folder.path} has no document of two tokens or more")
+        raise InputError(f"source {source.name!r}: {folder.path} has no document of two tokens or more")
     return counts
 
 

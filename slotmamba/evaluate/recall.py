@@ -10,6 +10,7 @@ import torch
 
 from slotmamba.config.schema import Recipe, SourceConfig
 from slotmamba.device import compute_precision
+from slotmamba.errors import InputError
 from slotmamba.models import SlotMamba
 from slotmamba.plots import render
 from slotmamba.tables import table
@@ -116,17 +117,17 @@ def evaluate(model: SlotMamba, recipe: Recipe, device: torch.device, samples: in
     published vocabulary.
 
     Raises:
-        ValueError: the model's vocabulary is smaller than that of the samples, or too small for any setting.
+        InputError: the model's vocabulary is smaller than that of the samples, or too small for any setting.
     """
     spec = _spec(recipe)
     if spec.vocab_size > recipe.model.vocab_size:
-        raise ValueError(
+        raise InputError(
             f"recall samples have a vocabulary of {spec.vocab_size} tokens, the model of {recipe.name} has "
             f"{recipe.model.vocab_size}: recall is for runs with a source of kind mqar, or a vocabulary that large"
         )
     settings = [setting for setting in PUBLISHED_TEST if setting.pairs <= spec.num_keys]
     if not settings:
-        raise ValueError(
+        raise InputError(
             f"the recall samples of {recipe.name} have {spec.num_keys} keys, fewer than any published setting needs"
         )
     return RecallReport(
@@ -152,7 +153,7 @@ def _source_spec(source: SourceConfig) -> MQARSpec:
     folder = ShardFolder(source.shards)
     content = folder.manifest.about.get("spec")
     if content is None:
-        raise ValueError(f"source {source.name!r}: {folder.path} does not say what samples it holds; build it again")
+        raise InputError(f"source {source.name!r}: {folder.path} does not say what samples it holds; build it again")
     settings = tuple(MQARSetting(**setting) for setting in content["settings"])
     return MQARSpec(**(content | {"settings": settings}))
 

@@ -15,7 +15,7 @@ import pytest
 
 from slotmamba.cli import main
 from slotmamba.config import load_recipe
-from slotmamba.errors import TrainingError
+from slotmamba.errors import InputError, TrainingError
 
 RECIPE = """\
 name: small
@@ -88,7 +88,7 @@ def test_bad_input(folder: Path, capsys: pytest.CaptureFixture[str], argv: list[
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (ValueError("no shards there"), 2, "error: no shards there\n"),
+        (InputError("no shards there"), 2, "error: no shards there\n"),
         (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "gone"), 2,
          "error: gone: No such file or directory\n"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "step-1/x"), 1, "error: step-1/x: No space left on device\n"),
@@ -116,7 +116,14 @@ def test_failures_are_one_line(
     assert capsys.readouterr().err == message
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), ModuleNotFoundError("No module named 'sloth'", name="sloth")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("a bug"),
+        ModuleNotFoundError("No module named 'sloth'", name="sloth"),
+        ValueError("could not broadcast input array from shape"),  # NumPy's and torch's own: nobody wrote that
+    ],
+)
 def test_a_bug_keeps_its_traceback(folder: Path, replace: Callable[..., None], error: Exception) -> None:
     def train(recipe: object, stop: object) -> int:
         raise error
