@@ -48,7 +48,7 @@ def generate_text(
     Raises:
         InputError: an argument out of range, no checkpoint, a run without a tokenizer, or one whose file is missing or
             does not fit the model.
-        DamagedCheckpointError: the checkpoint is not as it was written.
+        SlotMambaError: the checkpoint is not as it was written, or each of the run's is not.
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}: expected at least 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from slotmamba.checkpoint import find_checkpoint, load_model, recipe_path
+from slotmamba.checkpoint import open_checkpoint, recipe_path
 from slotmamba.config import load_recipe
 from slotmamba.device import choose_device
 from slotmamba.errors import InputError
@@ -24,25 +24,24 @@ def run(checkpoint: Path | str, suite: str, samples: int | None = None) -> int:
     """Measures a checkpoint with a suite, prints a table, writes RUN_DIR/evaluation; returns the exit code 0.
 
     Args:
-        checkpoint: a run folder (its newest checkpoint) or a checkpoint.
+        checkpoint: a run folder (its newest checkpoint that is not damaged) or a checkpoint.
         suite: "recall" or "perplexity"; the file written is SUITE.json, and for recall SUITE.png.
         samples: of each recall setting; None is the published number.
 
     Raises:
         InputError: no such suite, samples below 1 or of another suite, no checkpoint, a suite that does not fit the
             run, or data that are not there.
-        DamagedCheckpointError: the checkpoint is not as it was written.
+        SlotMambaError: the checkpoint is not as it was written, or each of the run's is not.
         OSError: the results cannot be written.
     """
     if suite not in SUITES:
         raise InputError(f"suite {suite!r} is not known: expected one of {', '.join(SUITES)}")
     if samples is not None and (suite != "recall" or samples < 1):
         raise InputError(f"samples={samples}: expected at least 1, and with the suite recall only")
-    path = find_checkpoint(Path(checkpoint))
-    recipe_file = recipe_path(path)
+    recipe_file = recipe_path(Path(checkpoint))
     recipe = load_recipe(recipe_file)
     device = choose_device("auto", "device")
-    model = load_model(path, device)
+    model, path = open_checkpoint(checkpoint, device)
     assert isinstance(model, SlotMambaForCausalLM | SlotMambaForSeq2Seq)
     options = {} if samples is None else {"samples": samples}
     report = SUITES[suite](model, recipe, device, **options)
