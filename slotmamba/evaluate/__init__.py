@@ -10,6 +10,7 @@ from slotmamba.config import load_recipe
 from slotmamba.device import choose_device
 from slotmamba.errors import InputError
 from slotmamba.evaluate import perplexity, recall
+from slotmamba.evaluate.pulse import Pulse
 from slotmamba.files import write_json
 from slotmamba.models import SlotMambaForCausalLM, SlotMambaForSeq2Seq
 from slotmamba_data.files import write_file
@@ -21,7 +22,8 @@ SUITES: dict[str, Callable[..., recall.RecallReport | perplexity.PerplexityRepor
 
 
 def run(checkpoint: Path | str, suite: str, samples: int | None = None) -> int:
-    """Measures a checkpoint with a suite, prints a table, writes RUN_DIR/evaluation; returns the exit code 0.
+    """Measures a checkpoint with a suite, prints how far it is and then a table, writes RUN_DIR/evaluation; returns the
+    exit code 0.
 
     Args:
         checkpoint: a run folder (its newest checkpoint that is not damaged) or a checkpoint.
@@ -44,9 +46,11 @@ def run(checkpoint: Path | str, suite: str, samples: int | None = None) -> int:
     model, path = open_checkpoint(checkpoint, device)
     assert isinstance(model, SlotMambaForCausalLM | SlotMambaForSeq2Seq)
     options = {} if samples is None else {"samples": samples}
-    report = SUITES[suite](model, recipe, device, **options)
+    pulse = Pulse()
+    pulse.say(f"{recipe.name}, {path.resolve().name}: {suite} on {device}")
+    report = SUITES[suite](model, recipe, device, pulse, **options)
 
-    print(f"{recipe.name}, {path.resolve().name}: {suite}\n\n{report.text()}\n")
+    print(f"\n{report.text()}\n")
     folder = recipe_file.parent / "evaluation"
     folder.mkdir(exist_ok=True)
     results = {"checkpoint": path.resolve().name, **report.as_json()}

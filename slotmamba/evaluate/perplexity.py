@@ -14,6 +14,7 @@ from slotmamba.batch import check_data, plan_source
 from slotmamba.config.schema import Recipe, SourceConfig
 from slotmamba.device import compute_precision
 from slotmamba.errors import InputError, SlotMambaError
+from slotmamba.evaluate.pulse import Pulse
 from slotmamba.evaluate.validation import Validation
 from slotmamba.models import SlotMamba
 from slotmamba.tables import table
@@ -66,7 +67,7 @@ class PerplexityReport:
         return "\n".join(lines)
 
 
-def evaluate(model: SlotMamba, recipe: Recipe, device: torch.device) -> PerplexityReport:
+def evaluate(model: SlotMamba, recipe: Recipe, device: torch.device, pulse: Pulse) -> PerplexityReport:
     """Perplexity on one whole epoch of each validation source of kind lm, packed in rows as in training.
 
     Raises:
@@ -81,7 +82,7 @@ def evaluate(model: SlotMamba, recipe: Recipe, device: torch.device) -> Perplexi
         )
     assert not recipe.model.encoder_layers, "recipes refuse text for models with an encoder"
     tokenizer = None if recipe.data.tokenizer is None else Tokenizer(recipe.data.tokenizer)
-    return PerplexityReport(tuple(_measure(model, recipe, source, tokenizer, device) for source in sources))
+    return PerplexityReport(tuple(_measure(model, recipe, source, tokenizer, device, pulse) for source in sources))
 
 
 def unigram_entropy(source: Source) -> float:
@@ -119,7 +120,12 @@ def _entropy(counts: np.ndarray) -> float:
 
 
 def _measure(
-    model: SlotMamba, recipe: Recipe, config: SourceConfig, tokenizer: Tokenizer | None, device: torch.device
+    model: SlotMamba,
+    recipe: Recipe,
+    config: SourceConfig,
+    tokenizer: Tokenizer | None,
+    device: torch.device,
+    pulse: Pulse,
 ) -> SourcePerplexity:
     source = plan_source(config)
     with closing(open_plan([source], recipe.data.seq_len, recipe.seed, split="validation")) as plan:
@@ -130,7 +136,7 @@ def _measure(
     tokens, size = int(counts.sum()), None
     if tokenizer is not None:
         size = int(counts @ [len(tokenizer.token_bytes(token)) for token in range(len(counts))])
-    loss = _loss(model, recipe, config, rows, device)
+    loss = _loss(model, recipe, config, rows, device, pulse)
     bits = loss / math.log(2)
     return SourcePerplexity(
         source=source.name,
@@ -144,12 +150,19 @@ def _measure(
     )
 
 
-def _loss(model: SlotMamba, recipe: Recipe, source: SourceConfig, rows: int, device: torch.device) -> float:
+def _loss(
+    model: SlotMamba, recipe: Recipe, source: SourceConfig, rows: int, device: torch.device, pulse: Pulse
+) -> float:
     """Mean loss in nats over the first rows of a source."""
     data = recipe.data.model_copy(update={"validation": [source]})
     train = recipe.train.model_copy(update={"eval_rows": rows})
     with closing(Validation(recipe.model_copy(update={"data": data, "train": train}))) as validation:
-        records = validation.run(model, device, lambda: compute_precision(device, recipe.train.precision))
+        records = validation.run(
+            model,
+            device,
+            lambda: compute_precision(device, recipe.train.precision),
+            measured=lambda done: pulse.tick(f"{source.name}: {done:,} of {rows:,} rows"),
+        )
     assert records is not None
     loss = float(records[0]["loss"])
     if not math.isfinite(loss):

@@ -11,6 +11,7 @@ import torch
 from slotmamba.config.schema import Recipe, SourceConfig
 from slotmamba.device import compute_precision
 from slotmamba.errors import InputError
+from slotmamba.evaluate.pulse import Pulse
 from slotmamba.models import SlotMamba
 from slotmamba.plots import render
 from slotmamba.tables import table
@@ -110,7 +111,9 @@ class RecallReport:
         return image
 
 
-def evaluate(model: SlotMamba, recipe: Recipe, device: torch.device, samples: int = SAMPLES) -> RecallReport:
+def evaluate(
+    model: SlotMamba, recipe: Recipe, device: torch.device, pulse: Pulse, samples: int = SAMPLES
+) -> RecallReport:
     """Recall on those of the seven published test settings that the vocabulary has keys for, on fresh samples.
 
     Vocabulary, fillers and form are those of the run's first recall source. A run without one is asked with the
@@ -133,7 +136,7 @@ def evaluate(model: SlotMamba, recipe: Recipe, device: torch.device, samples: in
     return RecallReport(
         spec=replace(spec, settings=tuple(settings)),
         samples=samples,
-        settings=tuple(_measure(model, recipe, spec, setting, samples, device) for setting in settings),
+        settings=tuple(_measure(model, recipe, spec, setting, samples, device, pulse) for setting in settings),
         left_out=tuple(setting for setting in PUBLISHED_TEST if setting not in settings),
     )
 
@@ -159,12 +162,20 @@ def _source_spec(source: SourceConfig) -> MQARSpec:
 
 
 def _measure(
-    model: SlotMamba, recipe: Recipe, spec: MQARSpec, setting: MQARSetting, samples: int, device: torch.device
+    model: SlotMamba,
+    recipe: Recipe,
+    spec: MQARSpec,
+    setting: MQARSetting,
+    samples: int,
+    device: torch.device,
+    pulse: Pulse,
 ) -> SettingRecall:
+    name = f"{setting.length} tokens, {setting.pairs} pairs"
     # As many tokens at once as in training.
     batch = max(1, recipe.train.micro_batch * recipe.data.seq_len // setting.length)
     gaps, right = [], []
     for first in range(0, samples, batch):
+        pulse.tick(f"{name}: {first:,} of {samples:,} samples")
         numbers = np.arange(first, min(first + batch, samples))
         drawn = generate_mqar(spec, setting, numbers, seed=recipe.seed, stream="evaluation")
         gaps.append(drawn.gaps.ravel())
@@ -172,7 +183,9 @@ def _measure(
     seen = [each for source in recipe.data.sources if source.kind == "mqar" for each in _source_spec(source).settings]
     trained = any(each.length >= setting.length for each in seen) and any(each.pairs >= setting.pairs for each in seen)
     all_gaps, all_right = np.concatenate(gaps), np.concatenate(right)
-    return SettingRecall(setting.length, setting.pairs, trained, float(all_right.mean()), _by_gap(all_gaps, all_right))
+    found = float(all_right.mean())
+    pulse.say(f"{name}: recall {found:.3f}")
+    return SettingRecall(setting.length, setting.pairs, trained, found, _by_gap(all_gaps, all_right))
 
 
 @torch.no_grad()
