@@ -51,7 +51,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = Parser(prog="slotmamba", description="Train and use SlotMamba language models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_recipe_command(commands, "train", _train, "train a model; the same command again resumes the run")
-    validate = _add_recipe_command(commands, "validate", _validate, "check a recipe without running it")
+    validate = _add_recipe_command(
+        commands,
+        "validate",
+        _validate,
+        "check a recipe without running it, and say which of its data are not there yet",
+    )
     validate.add_argument("--print", action="store_true", help="print the resolved recipe with all its keys")
     _add_recipe_command(commands, "estimate", _estimate, "parameters, FLOPs per token and memory of a recipe, by part")
     _add_generate(commands)
@@ -128,11 +133,14 @@ def _train(args: argparse.Namespace) -> int:
 
 def _validate(args: argparse.Namespace) -> int:
     from slotmamba.config import recipe_yaml
+    from slotmamba.readiness import missing_data
 
     recipe = _load_recipe(args)
     if args.print:
         print(recipe_yaml(recipe), end="")
     print(f"{recipe.name}: ok")
+    for line in missing_data(recipe):
+        print(f"to be made before training: {line}")
     return DONE
 
 

@@ -15,7 +15,7 @@ from slotmamba.errors import InputError
 from slotmamba.models import SlotMambaForCausalLM, SlotMambaForSeq2Seq
 from slotmamba.sampling import check_sampling, generate_tokens
 from slotmamba_data import StreamDecoder, Tokenizer
-from slotmamba_data.tokenizer import MODEL_NAME
+from slotmamba_data.tokenizer_file import MODEL_NAME
 
 
 def generate_text(

@@ -29,12 +29,13 @@ from slotmamba.models import build_model
 from slotmamba.optim import build_optimizer, gradient_norm, scale_gradients
 from slotmamba.plots import plot_run
 from slotmamba.progress import Progress
+from slotmamba.readiness import missing_data
 from slotmamba.schedule import learning_rate
 from slotmamba.signals import StopFlag
 from slotmamba.tracking import Tracker
 from slotmamba_data import PlanReader, Row, Tokenizer, open_plan
 from slotmamba_data.files import write_file
-from slotmamba_data.tokenizer import MODEL_NAME
+from slotmamba_data.tokenizer_file import MODEL_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,9 @@ def train(recipe: Recipe, stop: StopFlag | None = None) -> int:
         with StopFlag() as stop:
             return train(recipe, stop)
     device = choose_device(recipe.train.device, "train.device")
+    missing = missing_data(recipe)
+    if missing:
+        raise InputError("\n".join(missing))
     if device.type == "cpu":
         keep_freed_memory()
     run_dir = recipe.run_path

@@ -12,8 +12,8 @@ import sentencepiece
 from slotmamba_data.errors import InputError
 from slotmamba_data.files import naming, sha256_hex
 from slotmamba_data.text import is_unicode
+from slotmamba_data.tokenizer_file import find_tokenizer
 
-MODEL_NAME = "tokenizer.model"
 # Sentencepiece writes a space as this character and so would read the character itself back as a space.
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
 _PROBE = " a  b\tc\r\n\0\N{LATIN SMALL LETTER E WITH ACUTE}\N{GRINNING FACE}" + SPACE_MARK
@@ -33,9 +33,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path) / MODEL_NAME if Path(path).is_dir() else Path(path)
-        if not self.path.is_file():
-            raise InputError(f"there is no tokenizer {self.path}: make one with `slotmamba data tokenizer`")
+        self.path = find_tokenizer(path)
         with naming(self.path):
             model = self.path.read_bytes()
         try:

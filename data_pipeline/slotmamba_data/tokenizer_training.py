@@ -19,7 +19,8 @@ import sentencepiece
 from slotmamba_data.errors import InputError
 from slotmamba_data.files import naming, sha256_hex, write_file
 from slotmamba_data.text import open_text
-from slotmamba_data.tokenizer import MODEL_NAME, SPACE_MARK, Tokenizer
+from slotmamba_data.tokenizer import SPACE_MARK, Tokenizer
+from slotmamba_data.tokenizer_file import MODEL_NAME
 
 REPORT_NAME = "report.json"
 SENTENCE_BYTES = 4096  # the trainer drops longer lines; ours are split before it sees them
