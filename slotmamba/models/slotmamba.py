@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slotmamba.config.schema import ModelConfig
 from slotmamba.models.decoder import Decoder, DecoderState
 from slotmamba.models.encoder import Encoder
-from slotmamba.models.injection import EncoderMemory
+from slotmamba.models.injection import EncoderOutput
 from slotmamba.sampling import generate
 
 IGNORED = -100  # label of a position without loss
@@ -56,7 +56,7 @@ class _SlotMamba(nn.Module):
         return self.output(hidden), state
 
     def _hidden(
-        self, input_ids: Tensor, doc_start: Tensor | None, valid: Tensor | None, encoder: EncoderMemory | None
+        self, input_ids: Tensor, doc_start: Tensor | None, valid: Tensor | None, encoder: EncoderOutput | None
     ) -> tuple[Tensor, Tensor]:
         return self.decoder(self.embedding(input_ids), doc_start=doc_start, valid=valid, encoder=encoder)
 
@@ -124,11 +124,11 @@ class SlotMambaForSeq2Seq(_SlotMamba):
         super().__init__(config)
         self.encoder = Encoder(config)
 
-    def encode(self, encoder_ids: Tensor, encoder_valid: Tensor | None = None) -> EncoderMemory:
+    def encode(self, encoder_ids: Tensor, encoder_valid: Tensor | None = None) -> EncoderOutput:
         """encoder_ids [B, S] (embedded with the decoder's embedding) and which of them are tokens [B, S]."""
         if encoder_valid is None:
             encoder_valid = torch.ones_like(encoder_ids, dtype=torch.bool)
-        return EncoderMemory(self.encoder(self.embedding(encoder_ids), encoder_valid), encoder_valid)
+        return EncoderOutput(self.encoder(self.embedding(encoder_ids), encoder_valid), encoder_valid)
 
     def forward(
         self,
