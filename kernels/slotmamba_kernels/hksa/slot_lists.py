@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+COLUMNS = 16  # so that lengths repeat, and the kernels that the compiler makes for multiples of 16
+
 
 def united(first: Tensor, second: Tensor, num_slots: int) -> Tensor:
     """The slots of either list, [B, H, min(M, R + R')]. Neither need be ascending or free of repetitions."""
@@ -15,9 +17,9 @@ def united(first: Tensor, second: Tensor, num_slots: int) -> Tensor:
 
 
 def trimmed(slots: Tensor, num_slots: int) -> Tensor:
-    """The list without the columns that only fill it up, at least one column. Waits for the GPU, to count."""
-    count = int((slots < num_slots).sum(-1).max())
-    return slots[..., : max(count, 1)].contiguous()
+    """The list without columns that only fill it up, but for those up to a multiple of COLUMNS. Waits for the GPU."""
+    count = max(int((slots < num_slots).sum(-1).max()), 1)
+    return slots[..., : -(-count // COLUMNS) * COLUMNS].contiguous()
 
 
 def rows_of(slots: Tensor, wanted: Tensor, num_slots: int) -> Tensor:
