@@ -104,8 +104,8 @@ def test_flops_of_a_tiny_model_by_hand() -> None:
         "slot memory: write": 0,
         # Two heads, two slots, four channels, keys and values.
         "slot memory: read": 2 * 2 * (2 * 2 * 4 * 2),
-        # Two heads, two steps, four channels, keys and values.
-        "slot memory: surprise": 2 * 2 * (2 * 2 * 4 * 2),
+        # Two heads, two steps, four channels, keys and values; in two of three segments.
+        "slot memory: surprise": pytest.approx(2 * 2 * (2 * 2 * 4 * 2) * 8 / 12),
         "slot memory: threading": 0,
         # Three matrices of 8x16 in two layers.
         "MLP": 2 * 2 * 3 * 128,
@@ -218,7 +218,7 @@ def test_slot_memory_against_counting_scalars(heads: int, dim: int, active: int,
     assert found["write"].other == layers * heads * active * operations(write, dim, steps)
     assert found["read"].other == layers * heads * active * operations(read_of_a_slot)
     surprise = operations(surprise_of_a_token, dim, steps) + active * operations(surprise_of_a_slot, dim)
-    assert found["surprise"].other == layers * heads * surprise
+    assert found["surprise"].other == pytest.approx(layers * heads * surprise * 8 / 10, rel=1e-12)  # 2 of 3 segments
     hand_over = boundaries * heads * total_slots * operations(hand_over_of_a_slot, dim)
     assert found["threading"].other == pytest.approx((layers - 1) * hand_over / 10, rel=1e-12)
 

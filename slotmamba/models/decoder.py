@@ -54,20 +54,18 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         *,
         segments: list[slice],
-        entering: SlotState,
         below: list[SlotState] | None,
         doc_start: Tensor | None,
         valid: Tensor | None,
         encoder: EncoderOutput | None,
     ) -> tuple[Tensor, list[SlotState], Tensor]:
-        """x [B, T, C] -> x [B, T, C], the slot memory at the end of each segment, the balance term."""
+        """x [B, T, C] -> x [B, T, C], the slot memory at the end of each segment but the last, the balance term."""
         if self.attention is not None and self.attention_norm is not None:
             x = x + self.attention(self.attention_norm(x), doc_start=doc_start, valid=valid)
         x = x + self.lru(self.lru_norm(x), doc_start=doc_start, valid=valid)[0]
         y, ends, balance = self.slots(
             self.slots_norm(x),
             segments=segments,
-            entering=entering,
             below=below,
             doc_start=doc_start,
             valid=valid,
@@ -131,14 +129,12 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, C] embeddings -> normed hidden states [B, T, C] and the balance term, a mean over layers."""
         segments = self._segments(x.shape[1])
-        entering = self._initial_slots(len(x), x.device)
         below: list[SlotState] | None = None
         balances = []
         for layer in self._decoder_layers():
             x, below, balance = layer(
                 x,
                 segments=segments,
-                entering=entering,
                 below=below,
                 doc_start=doc_start,
                 valid=valid,

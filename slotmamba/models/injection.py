@@ -68,14 +68,16 @@ class SlotInjection(nn.Module):
         self,
         x: Tensor,
         write_idx: Tensor,
-        segment_start: SlotState,
+        segment_start: SlotState | None,
         doc_start: Tensor | None,
         encoder: EncoderMemory,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [B, T, C], write_idx [B, T, H, K], `project`'s memory -> c_k, c_v [B, T, H, K, d] and lam_k, lam_v
-        [B, T, H, K]."""
-        content_k = self._content(segment_start.S_k, segment_start.z, write_idx, doc_start)
-        content_v = self._content(segment_start.S_v, segment_start.z, write_idx, doc_start)
+"""x [B, T, C], write_idx [B, T, H, K], `project`'s memory -> c_k, c_v [B, T, H, K, d] and lam_k, lam_v
+        [B, T, H, K].
+
+        segment_start: the memory as the segment began, None for the initial one.
+        """
+        content_k, content_v = self._contents(segment_start, write_idx, doc_start)
         batch, length, heads, _ = write_idx.shape
         hidden = self.q_hidden(x).view(batch, length, heads, 1, self.dim)
         query = hidden + self.q_content(content_k) + self.q_slot(self._embed(write_idx))
@@ -84,16 +86,17 @@ class SlotInjection(nn.Module):
         lam_v = self.gate_v(torch.cat([content_v, attended], -1)).squeeze(-1).sigmoid()
         return self.c_k_proj(attended), self.c_v_proj(attended), lam_k, lam_v
 
-    def _content(self, memory: Tensor, z: Tensor, index: Tensor, doc_start: Tensor | None) -> Tensor:
-        """What the slots held when the segment began [B, T, H, K, d]; 0 for documents that began in the segment."""
-        batch, heads, slots, dim = memory.shape
-        streams = torch.arange(batch * heads, device=index.device).view(batch, 1, heads, 1)
-        rows = (streams * slots + index).flatten()
-        held = memory.reshape(-1, dim).index_select(0, rows) / z.reshape(-1).index_select(0, rows).unsqueeze(-1)
-        held = held.view(*index.shape, dim)
+    def _contents(self, memory: SlotState | None, index: Tensor, doc_start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the slots held when the segment began, keys and values [B, T, H, K, d]; 0 for documents that began in
+        the segment."""
+        if memory is None:
+            nothing = self.slot_embedding.new_zeros(*index.shape, self.dim)
+            return nothing, nothing
+        held_k, held_v = memory.contents(index)
         if doc_start is None:
-            return held
-        return torch.where((doc_start < 0).view(*doc_start.shape, 1, 1, 1), held, 0)
+            return held_k, held_v
+        entered = (doc_start < 0).view(*doc_start.shape, 1, 1, 1)
+        return held_k.where(entered, 0), held_v.where(entered, 0)
 
     def _embed(self, index: Tensor) -> Tensor:
         """Sum over the U digits of a slot's index of the digit's vector: [..., K] -> [..., K, d]."""

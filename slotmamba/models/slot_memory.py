@@ -36,7 +36,10 @@ class SlotInputs:
 
 @dataclass(frozen=True)
 class SlotLayerState:
-    """State of step-by-step decoding: the memory now and as its segment began; the write address's last logits."""
+    """State of step-by-step decoding: the memory now and as its segment began; the write address's last logits.
+
+    The memory has a row for every slot, however many there are: a step overwrites rows, it does not make new ones.
+    """
 
     memory: SlotState
     segment_start: SlotState
@@ -87,25 +90,24 @@ class SlotMemory(nn.Module):
         x: Tensor,
         *,
         segments: list[slice],
-        entering: SlotState,
         below: list[SlotState] | None,
         doc_start: Tensor | None = None,
         valid: Tensor | None = None,
         encoder: EncoderMemory | None = None,
     ) -> tuple[Tensor, list[SlotState], Tensor]:
-        """Runs the memory over the tokens, segment by segment.
+        """Runs the memory over the tokens, segment by segment, from an empty one.
 
         Args:
             x: [B, T, C].
             segments: consecutive stretches of the tokens; state is handed from layer to layer between two of them.
-            entering: memory before the first segment, any hand-over done.
-            below: the memory of the layer below at the end of each segment, None for the lowest or without threading.
+            below: `ends` of the layer below, None for the lowest layer.
             doc_start: [B, T] as in `slotmamba_kernels.hksa`.
             valid: [B, T], False for padding, which writes nothing.
             encoder: output of the encoder, for layers with injection.
 
         Returns:
-            y [B, T, C]; the memory at the end of each segment; the balance term, a scalar.
+            y [B, T, C]; the memory at the end of each segment but the last, after which nobody takes it over; the
+            balance term, a scalar.
         """
         write_logits = _float32(self.write_address, x)
         if self.write_conv is not None:
@@ -113,13 +115,17 @@ class SlotMemory(nn.Module):
         inputs, balance = self._inputs(x, write_logits, valid)
         outputs: list[Tensor] = []
         ends: list[SlotState] = []
-        state = entering
+        state: SlotState | None = None
         for number, span in enumerate(segments):
             if number > 0:
                 state = self.hand_over(ends[-1], below[number - 1] if below is not None else None)
-            o, state = self._segment(inputs.tokens(span), x[:, span], state, state, _shift(doc_start, span), encoder)
+            o, end = self._segment(
+                inputs.tokens(span), x[:, span], state, state, _shift(doc_start, span), encoder,
+                return_state=number + 1 < len(segments),
+            )  # fmt: skip
             outputs.append(o)
-            ends.append(state)
+            if end is not None:
+                ends.append(end)
         return self._output(torch.cat(outputs, 1), x), ends, balance
 
     def step(self, x: Tensor, state: SlotLayerState, encoder: EncoderMemory | None) -> tuple[Tensor, SlotLayerState]:
@@ -130,11 +136,12 @@ class SlotMemory(nn.Module):
             write_logits, window = self.write_conv.step(write_logits, window)
         x = x.unsqueeze(1)
         inputs, _ = self._inputs(x, write_logits.unsqueeze(1), None)
-        o, memory = self._segment(inputs, x, state.memory, state.segment_start, None, encoder)
+        o, memory = self._segment(inputs, x, state.memory, state.segment_start, None, encoder, return_state=True)
+        assert memory is not None
         return self._output(o, x).squeeze(1), SlotLayerState(memory, state.segment_start, window)
 
     def init_state(self, memory: SlotState) -> SlotLayerState:
-        """State of `step` before the first token, given the memory before it."""
+        """State of `step` before the first token, given the memory before it, dense."""
         window = None if self.write_conv is None else self.write_conv.init_window(len(memory.z))
         return SlotLayerState(memory, memory, window)
 
@@ -148,11 +155,13 @@ class SlotMemory(nn.Module):
         self,
         inputs: SlotInputs,
         x: Tensor,
-        state: SlotState,
-        segment_start: SlotState,
+        state: SlotState | None,
+        segment_start: SlotState | None,
         doc_start: Tensor | None,
         encoder: EncoderMemory | None,
-    ) -> tuple[Tensor, SlotState]:
+        *,
+        return_state: bool,
+    ) -> tuple[Tensor, SlotState | None]:
         inject = None
         if self.injection is not None:
             assert encoder is not None
@@ -168,6 +177,7 @@ class SlotMemory(nn.Module):
             doc_start=doc_start,
             surprise=surprise,
             inject=inject,
+            return_state=return_state,
         )
 
     def _inputs(self, x: Tensor, write_logits: Tensor, valid: Tensor | None) -> tuple[SlotInputs, Tensor]:
