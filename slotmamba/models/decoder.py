@@ -74,8 +74,10 @@ class DecoderLayer(nn.Module):
         )
         return self._mlp(x + y), ends, balance
 
-    def step(self, x: Tensor, state: LayerState, encoder: EncoderMemory | None) -> tuple[Tensor, LayerState]:
-        """One token: x [B, C] -> x [B, C] and the state after it."""
+    def step(
+        self, x: Tensor, state: LayerState, encoder: EncoderMemory | None, *, consume: bool = False
+    ) -> tuple[Tensor, LayerState]:
+        """One token: x [B, C] -> x [B, C] and the state after it. consume: as in `SlotMemory.step`."""
         cache = state.attention
         if self.attention is not None and self.attention_norm is not None:
             assert cache is not None
@@ -83,7 +85,7 @@ class DecoderLayer(nn.Module):
             x = x + y
         y, lru = self.lru.step(self.lru_norm(x), state.lru)
         x = x + y
-        y, slots = self.slots.step(self.slots_norm(x), state.slots, encoder)
+        y, slots = self.slots.step(self.slots_norm(x), state.slots, encoder, consume=consume)
         return self._mlp(x + y), LayerState(lru, slots, cache)
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -131,14 +133,17 @@ class Decoder(nn.Module):
             balances.append(balance)
         return self.norm(x), torch.stack(balances).mean()
 
-    def step(self, x: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """One token for every row: x [B, C] -> normed hidden state [B, C] and the state after it."""
+    def step(self, x: Tensor, state: DecoderState, *, consume: bool = False) -> tuple[Tensor, DecoderState]:
+        """One token for every row: x [B, C] -> normed hidden state [B, C] and the state after it.
+
+        consume: `state`, which a step has returned, may be overwritten and is not to be used again.
+        """
         layers = state.layers
         if self.segmented and state.position and state.position % self.config.slots.segment_len == 0:
             layers = self._start_segment(layers)
         after = []
         for layer, layer_state in zip(self._decoder_layers(), layers, strict=True):
-            x, layer_state = layer.step(x, layer_state, state.encoder)
+            x, layer_state = layer.step(x, layer_state, state.encoder, consume=consume)
             after.append(layer_state)
         return self.norm(x), DecoderState(state.position + 1, after, state.encoder)
 

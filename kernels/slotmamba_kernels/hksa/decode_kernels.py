@@ -43,27 +43,26 @@ def addresses(  # type: ignore[no-untyped-def]
     BEAM: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Slots and log-weights of the write and of the read, [BEAM] each.
+    """Slots and weights of the write and of the read, [BEAM] each.
 
     Even columns of the beam find the slots of the write, odd ones those of the read. With 32 columns a warp every
     thread computes one of the two on its own: that is quicker than exchanging numbers between threads.
     """
     lane = tl.arange(0, COLUMNS)[None, :]
     entry = tl.arange(0, P)[:, None]
-    sums, prefixes = empty_beam(BEAM, COLUMNS)
-    log_total = tl.zeros([COLUMNS], tl.float32)
+    sums, prefixes, normaliser = empty_beam(BEAM, COLUMNS)
     for u in range(FACTORS):
         write = tl.load(write_logits_ptr + u * SIZE + entry, mask=entry < SIZE, other=-float("inf")).to(tl.float32)
         read = tl.load(read_logits_ptr + u * SIZE + entry, mask=entry < SIZE, other=-float("inf")).to(tl.float32)
         logits = tl.where(lane % 2 == 0, write, read)
-        sums, prefixes, log_normaliser = merge_factor(sums, prefixes, logits, SIZE, K, P, BEAM, COLUMNS)
-        log_total += log_normaliser
-    log_weights = sums - log_total[None, :]
+        sums, prefixes, total = merge_factor(sums, prefixes, logits, SIZE, K, P, BEAM, COLUMNS)
+        normaliser *= total
+    weights = tl.exp(sums) / normaliser
     return (
         column_of(prefixes, lane, 0),
-        column_of(log_weights, lane, 0),
+        column_of(weights, lane, 0),
         column_of(prefixes, lane, 1),
-        column_of(log_weights, lane, 1),
+        column_of(weights, lane, 1),
     )
 
 
@@ -109,7 +108,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     beta_ptr += pair * STEPS
 
     logits = pair * (FACTORS * SIZE)
-    write_slot, write_log_w, read_slot, read_log_w = addresses(
+    write_slot, w, read_slot, read_w = addresses(
         write_logits_ptr + logits, read_logits_ptr + logits, FACTORS, SIZE, K, P, BEAM, COLUMNS
     )
 
@@ -118,7 +117,6 @@ def step_kernel(  # type: ignore[no-untyped-def]
     s_k = tl.load(s_k_ptr + content, mask=inside, other=0.0)
     s_v = tl.load(s_v_ptr + content, mask=inside, other=0.0)
     z = tl.load(z_ptr + slot, mask=active, other=1.0)
-    w = tl.exp(write_log_w)
 
     if a_s_ptr is not None:
         surprise = tl.load(surprise_ptr + slot, mask=active, other=0.0)
@@ -164,7 +162,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     s_v = tl.load(s_v_ptr + content, mask=inside, other=0.0)
     z = tl.load(z_ptr + slot, mask=active, other=1.0)
     similarity = tl.sum(s_k * vector(q_ptr + pair * DIM, column, DIM), 1) / z * scale
-    score = similarity + tl.log(tl.maximum(tl.exp(read_log_w), _MIN_READ_WEIGHT))
+    score = similarity + tl.log(tl.maximum(read_w, _MIN_READ_WEIGHT))
     score = tl.where(active, score, -float("inf"))
     p = tl.exp(score - tl.max(score, 0))
     o = tl.sum((p / z)[:, None] * s_v, 0) / tl.sum(p, 0)

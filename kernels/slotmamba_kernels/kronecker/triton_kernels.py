@@ -32,11 +32,11 @@ def load_factor(pointers, first, SIZE: tl.constexpr, P: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def empty_beam(BEAM: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The beam before the first factor: one prefix, the empty one. Sums and prefixes [BEAM, ROWS]."""
+    """The beam before the first factor, the empty prefix: sums, prefixes [BEAM, ROWS], normaliser [1, ROWS]."""
     rank = tl.arange(0, BEAM)[:, None]
     prefixes = tl.zeros([BEAM, ROWS], tl.int32)
     sums = tl.where(rank == 0, 0.0, -float("inf")) + tl.zeros([BEAM, ROWS], tl.float32)
-    return sums, prefixes
+    return sums, prefixes, tl.full([1, ROWS], 1.0, tl.float32)
 
 
 @triton.jit
@@ -50,12 +50,12 @@ def merge_factor(  # type: ignore[no-untyped-def]
     smallest number goes first.
 
     sums, prefixes: [BEAM, ROWS], sums sorted; ranks that do not exist have the sum -inf. logits: [P, ROWS], -inf
-    beyond SIZE. Returns the new sums and prefixes, and [ROWS] the logarithm of the factor's normaliser.
+    beyond SIZE. Returns the new sums and prefixes, and [1, ROWS] the factor's normaliser.
     """
     rank = tl.arange(0, BEAM)[:, None]
     digit = tl.arange(0, P)[:, None]
     entries = logits - tl.max(logits, 0)[None, :]
-    log_normaliser = tl.log(tl.sum(tl.exp(entries), 0))
+    normaliser = tl.sum(tl.exp(entries), 0)[None, :]
     # NaN compares with nothing, and a round that finds no maximum would leave the range of the slots. The normaliser is
     # NaN as well and carries it to the weights.
     entries = tl.where(entries == entries, entries, -float("inf"))
@@ -75,7 +75,7 @@ def merge_factor(  # type: ignore[no-untyped-def]
         numbers = tl.where(moves, numbers + P, numbers)
         new_sums = tl.where(rank == r, best[None, :], new_sums)
         new_prefixes = tl.where(rank == r, prefix[None, :], new_prefixes)
-    return new_sums, new_prefixes, log_normaliser
+    return new_sums, new_prefixes, normaliser
 
 
 @triton.jit
@@ -95,17 +95,16 @@ def topk_forward(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     # Rows beyond the last repeat it and are not stored.
     pointers = logits_ptr + tl.minimum(row, rows - 1)[None, :] * (FACTORS * SIZE)
-    sums, prefixes = empty_beam(BEAM, ROWS)
-    log_total = tl.zeros([ROWS], tl.float32)
+    sums, prefixes, normaliser = empty_beam(BEAM, ROWS)
     for u in range(FACTORS):
         logits = load_factor(pointers + u * SIZE, 0, SIZE, P, ROWS)
-        sums, prefixes, log_normaliser = merge_factor(sums, prefixes, logits, SIZE, K, P, BEAM, ROWS)
-        log_total += log_normaliser
+        sums, prefixes, total = merge_factor(sums, prefixes, logits, SIZE, K, P, BEAM, ROWS)
+        normaliser *= total  # at most p^U in all
     rank = tl.arange(0, BEAM)[:, None]
     out = row[None, :] * K + rank
     stored = (rank < K) & (row < rows)[None, :]
     tl.store(indices_ptr + out, prefixes, mask=stored)
-    tl.store(weights_ptr + out, tl.exp(sums - log_total[None, :]), mask=stored)
+    tl.store(weights_ptr + out, tl.exp(sums) / normaliser, mask=stored)
 
 
 @triton.jit
