@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from slotmamba_kernels.dtypes import state_dtype
 
@@ -24,8 +27,27 @@ def kronecker_topk_torch(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     indices = torch.zeros_like(best, dtype=torch.long)
     for u in range(factors):
         sums = (best.unsqueeze(-1) + entries[..., u, :].unsqueeze(-2)).flatten(-2)
-        ranked, order = sums.sort(dim=-1, descending=True, stable=True)
-        best, kept = ranked[..., :k], order[..., :k]
-        indices = indices.gather(-1, kept // size) * size + kept % size
+        order = sums.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
+        best = _Pick.apply(sums, order)
+        indices = indices.gather(-1, order // size) * size + order % size
         normaliser = normaliser * totals[..., u, :]
     return indices.to(torch.int32), best.exp() / normaliser
+
+
+class _Pick(torch.autograd.Function):
+    """The entries of the last dimension with these distinct indices.
+
+    As they are distinct their gradients need not be added up, as those of `gather` are, with atomics on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.gather(-1, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.shape).scatter_(-1, index, grads[0]), None
