@@ -97,12 +97,15 @@ def generate_tokens(
     if input_ids.ndim != 2 or not input_ids.shape[1]:
         raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [B, T] with at least one token")
     generator = torch.Generator(input_ids.device).manual_seed(seed)
-    for token in input_ids.unbind(1):
-        logits, state = model.step(token, state)
+    # The caller's state stays as it is; those that the steps return are nobody else's.
+    first, *others = input_ids.unbind(1)
+    logits, state = model.step(first, state)
+    for token in others:
+        logits, state = model.step(token, state, consume=True)
     while True:
         token = sample(logits[:, :vocab_size], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         yield token
-        logits, state = model.step(token, state)
+        logits, state = model.step(token, state, consume=True)
 
 
 def generate(

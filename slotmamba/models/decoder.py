@@ -73,8 +73,8 @@ class DecoderLayer(nn.Module):
         )
         return self._mlp(x + y), ends, balance
 
-    def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """One token: x [B, C] -> x [B, C] and the state after it."""
+    def step(self, x: Tensor, state: LayerState, *, consume: bool = False) -> tuple[Tensor, LayerState]:
+        """One token: x [B, C] -> x [B, C] and the state after it. consume: as in `SlotMemory.step`."""
         cache = state.attention
         if self.attention is not None and self.attention_norm is not None:
             assert cache is not None
@@ -82,7 +82,7 @@ class DecoderLayer(nn.Module):
             x = x + y
         y, lru = self.lru.step(self.lru_norm(x), state.lru)
         x = x + y
-        y, slots = self.slots.step(self.slots_norm(x), state.slots, state.encoder)
+        y, slots = self.slots.step(self.slots_norm(x), state.slots, state.encoder, consume=consume)
         return self._mlp(x + y), LayerState(lru, slots, cache, state.encoder)
 
     def init_state(self, batch: int, memory: SlotState, encoder: EncoderOutput | None) -> LayerState:
@@ -143,14 +143,17 @@ class Decoder(nn.Module):
             balances.append(balance)
         return self.norm(x), torch.stack(balances).mean()
 
-    def step(self, x: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """One token for every row: x [B, C] -> normed hidden state [B, C] and the state after it."""
+    def step(self, x: Tensor, state: DecoderState, *, consume: bool = False) -> tuple[Tensor, DecoderState]:
+        """One token for every row: x [B, C] -> normed hidden state [B, C] and the state after it.
+
+        consume: `state`, which a step has returned, may be overwritten and is not to be used again.
+        """
         layers = state.layers
         if self.segmented and state.position and state.position % self.config.slots.segment_len == 0:
             layers = self._start_segment(layers)
         after = []
         for layer, layer_state in zip(self._decoder_layers(), layers, strict=True):
-            x, layer_state = layer.step(x, layer_state)
+            x, layer_state = layer.step(x, layer_state, consume=consume)
             after.append(layer_state)
         return self.norm(x), DecoderState(state.position + 1, after)
 

@@ -50,9 +50,14 @@ class _SlotMamba(nn.Module):
         else:
             nn.init.normal_(self.output.weight, std=0.02)
 
-    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """One token for every row: tokens [B] -> logits [B, V] of the next token, and the state after it."""
-        hidden, state = self.decoder.step(self.embedding(tokens), state)
+    def step(self, tokens: Tensor, state: DecoderState, *, consume: bool = False) -> tuple[Tensor, DecoderState]:
+        """One token for every row: tokens [B] -> logits [B, V] of the next token, and the state after it.
+
+        `state` stays as it is, and decoding can go on from it again, unless `consume` gives it away: then the step may
+        overwrite the slot memories instead of copying them. Only a state that a step has returned can be given away,
+        since that of `init_state` is one memory for all layers.
+        """
+        hidden, state = self.decoder.step(self.embedding(tokens), state, consume=consume)
         return self.output(hidden), state
 
     def _hidden(
