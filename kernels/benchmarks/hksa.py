@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peers import DIM, HEADS, PEERS
-from timing import DEVICE, Report, Workload, copy_bandwidth, describe_machine, median_ms, peak_bytes, require_gpu
 from torch import Tensor
-from tuning import tune_quickly
 
+from peers import DIM, HEADS, PEERS
 from slotmamba_kernels import hksa
+from timing import DEVICE, Report, Workload, copy_bandwidth, describe_machine, median_ms, peak_bytes, require_gpu
+from tuning import tune_quickly
 
 TOKENS = 32768
 LENGTHS = tuple(2**e for e in range(11, 19))

@@ -6,16 +6,16 @@ All take what HKSA takes: queries, keys, gates ready made, bfloat16 with decays 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import DEVICE, Workload
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from timing import DEVICE, Workload
 
 HEADS, DIM = 8, 128
 GSA_SLOTS = 64
