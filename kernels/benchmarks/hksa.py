@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,17 @@ from torch import Tensor
 
 from peers import DIM, HEADS, PEERS
 from slotmamba_kernels import hksa
-from timing import DEVICE, Report, Workload, copy_bandwidth, describe_machine, median_ms, peak_bytes, require_gpu
+from timing import (
+    DEVICE,
+    Report,
+    Workload,
+    copy_bandwidth,
+    describe_machine,
+    measure,
+    median_ms,
+    peak_bytes,
+    require_gpu,
+)
 from tuning import tune_quickly
 
 TOKENS = 32768
@@ -146,63 +158,43 @@ class Benchmark:
         self.failed = False
         self.started = time.monotonic()
 
-    def ours(self, name: str, case: Case) -> None:
+    def ours(self, name: str, case: Case) -> float | None:
+        """Milliseconds of forward and backward; None where they do not run."""
         moved = traffic(case)
-        ms = self.measure(name, case.batch, case.length, lambda: workload(case), moved=moved)
+        cells = measure(lambda: workload(case))
+        ms = cells.get("ms")
+        if ms is not None:
+            cells |= {"GB": moved / 1e9, "of copy": moved / ms * 1000 / self.bandwidth}
         if self.base is None and case == BASE and ms is not None:
             self.base = ms / case.tokens
         self.failed |= ms is None
+        self.row(name, case.batch, case.length, cells)
+        return ms
 
     def peers(self, lengths: Sequence[int], mamba: bool, seconds: float) -> None:
         """Each peer at all lengths, until one fails."""
         for peer in PEERS:
             if peer.slow_start and not mamba:
                 continue
+            if time.monotonic() - self.started > seconds:
+                self.report.add({"layer": peer.name, "note": f"not run: {seconds:.0f} s are over"})
+                continue
             for length in lengths:
                 batch = max(1, TOKENS // length)
-                if length == lengths[0] and time.monotonic() - self.started > seconds:
-                    self.report.add({"layer": peer.name, "note": f"not run: {seconds:.0f} s are over"})
-                    break
-                if self.measure(peer.name, batch, length, lambda: peer.make(batch, length), note=peer.note) is None:  # noqa: B023
+                cells = measure(partial(peer.make, batch, length))
+                cells.setdefault("note", peer.note)
+                self.row(peer.name, batch, length, cells)
+                if "ms" not in cells:
                     break
 
-    def measure(
-        self,
-        name: str,
-        batch: int,
-        length: int,
-        make: Callable[[], Workload],
-        *,
-        moved: int | None = None,
-        note: Callable[[], str] = lambda: "",
-    ) -> float | None:
-        """Milliseconds of forward and backward; None, and a row with the reason, where they do not run.
-
-        Any error at all: a missing package, a card that a kernel refuses, memory. It must not end the run, because the
-        other rows cost minutes, and it must be seen, so it stands in the table.
-        """
-        row = {"layer": name, "B": batch, "T": length}
-        begun = time.monotonic()
-        try:
-            run = make().both_ways()
-            row["note"] = note()
-            run()
-            torch.cuda.synchronize()
-            row["first s"] = time.monotonic() - begun
-            ms = median_ms(run)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            self.report.add({**row, "note": f"failed: {type(error).__name__}: {reason[:140]}"})
-            return None
-        finally:
-            torch.cuda.empty_cache()
-        row |= {"ms": ms, "Mtok/s": batch * length / ms / 1000}
-        if self.base is not None:
-            row["x base"] = ms / (batch * length) / self.base
-        if moved is not None:
-            row |= {"GB": moved / 1e9, "of copy": moved / ms * 1000 / self.bandwidth}
+    def row(self, name: str, batch: int, length: int, cells: dict[str, Any]) -> None:
+        row = {"layer": name, "B": batch, "T": length, **cells}
+        if "ms" in cells:
+            per_token = cells["ms"] / (batch * length)
+            row["Mtok/s"] = 1 / per_token / 1000
+            row["x base"] = None if self.base is None else per_token / self.base
         self.report.add(row)
-        return ms
+        torch.cuda.empty_cache()
 
 
 def memory_table(report: Report) -> None:
@@ -233,13 +225,10 @@ def skew(benchmark: Benchmark) -> None:
     """What hot slots cost where few chains run: one row."""
     case = replace(BASE, batch=1, slots=256)
     benchmark.report.header("skewed addresses, M=256")
-    times = []
-    for name, zipf in (("HKSA, uniform", False), ("HKSA, Zipf(1.0)", True)):
-        shape = replace(case, zipf=zipf)
-        times.append(benchmark.measure(name, 1, case.length, lambda: workload(shape), moved=traffic(case)))  # noqa: B023
-    if None in times:
-        raise SystemExit(1)
-    print(f"Zipf(1.0) takes {times[1] / times[0]:.2f} times uniform")  # type: ignore[operator]
+    uniform = benchmark.ours("HKSA, uniform", case)
+    zipf = benchmark.ours("HKSA, Zipf(1.0)", replace(case, zipf=True))
+    if uniform is not None and zipf is not None:
+        print(f"Zipf(1.0) takes {zipf / uniform:.2f} times uniform")
 
 
 def compare(benchmark: Benchmark, options: argparse.Namespace) -> None:

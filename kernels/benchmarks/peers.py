@@ -27,7 +27,7 @@ class Peer:
     """A layer to compare with.
 
     make: (batch, length) -> its workload; raises ImportError where its package is missing.
-    guarded: whether fla's guard stands in the way of its backward pass on some cards.
+    guarded: whether fla refuses its backward pass on some cards.
     slow_start: whether its first call tunes for minutes.
     """
 
@@ -36,13 +36,14 @@ class Peer:
     guarded: bool = False
     slow_start: bool = False
 
+    @property
     def note(self) -> str:
-        """What has to be said beside its times; lifts fla's guard where it stands in the way."""
-        return GUARD_OFF if self.guarded and _lift_guard() else ""
+        """What has to be said beside times measured so far."""
+        return GUARD_OFF if self.guarded and _lifted else ""
 
 
-def _lift_guard() -> bool:
-    """Whether fla refuses the backward pass of gated layers here, which it does no more after this call.
+def _lift_guard() -> None:
+    """Lets the backward pass of fla's gated layers run where fla refuses it.
 
     With Triton from 3.4 to before 3.7.1 that pass computes wrong numbers on Hopper cards, so fla raises. The kernels
     run all the same and take the time that they would take if they were right, which is all that is asked of them here.
@@ -50,11 +51,10 @@ def _lift_guard() -> bool:
     chunk_o: Any = importlib.import_module("fla.ops.common.chunk_o")
     if chunk_o.IS_NVIDIA_HOPPER and chunk_o.TRITON_ABOVE_3_4_0 and not chunk_o.TRITON_ABOVE_3_7_1:
         chunk_o.TRITON_ABOVE_3_7_1 = True
-        _lifted.append(True)
-    return bool(_lifted)
+        _lifted.append("gated chunk_bwd_dqkwg")
 
 
-_lifted: list[bool] = []
+_lifted: list[str] = []
 
 
 def _normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -100,6 +100,8 @@ def _delta_product(steps: int, gated: bool) -> Callable[[int, int], Workload]:
     """The gated delta rule for one step, the gated delta product for more; without a gate fla has no guard."""
 
     def make(batch: int, length: int) -> Workload:
+        if gated:
+            _lift_guard()
         rows = (batch, length * steps, HEADS)
         q, v, k = _normal(batch, length, HEADS, DIM), _normal(*rows, DIM), _unit(*rows, DIM)
         beta = torch.rand(rows, device=DEVICE).to(torch.bfloat16)

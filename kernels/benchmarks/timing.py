@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,9 +28,11 @@ class Workload:
     def both_ways(self) -> Callable[[], object]:
         """A function that runs forward and backward once and returns the gradients.
 
-        The output's gradient is drawn here, once: making it is not part of the work.
+        The output's gradient is drawn here, once, since making it is not part of the work; of a loss it is 1.
         """
-        grad = torch.randn_like(self.forward())
+        o = self.forward()
+        grad = torch.randn_like(o) if o.ndim else torch.ones_like(o)
+        del o
 
         def run() -> object:
             return torch.autograd.grad(self.forward(), list(self.inputs), grad, allow_unused=True)
@@ -51,6 +54,29 @@ def median_ms(run: Callable[[], object], *, seconds: float = 0.4, least: int = 5
     once = _event_times(run, 1)[0]
     count = min(most, max(least, int(1000 * seconds / max(once, 1e-3))))
     return statistics.median(_event_times(run, count))
+
+
+def measure(make: Callable[[], Workload], *, memory: bool = False) -> dict[str, Any]:
+    """Forward and backward of a workload, as cells of a row.
+
+    `ms`; `first s`, the time of the first call, compiling and tuning included; with memory `MiB`, the most held beyond
+    inputs and gradients. Where it does not run, only a `note` with the reason. Any error at all counts: a missing
+    package, a card that a kernel refuses, memory. It must not end the run, because the other rows cost minutes, and it
+    must be seen, so it stands in the table.
+    """
+    begun = time.monotonic()
+    try:
+        work = make()
+        run = work.both_ways()
+        run()
+        torch.cuda.synchronize()
+        cells: dict[str, Any] = {"first s": time.monotonic() - begun}
+        if memory:
+            cells["MiB"] = (peak_bytes(run) - work.gradient_bytes()) / 2**20
+        return cells | {"ms": median_ms(run)}
+    except Exception as error:
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        return {"note": f"failed: {type(error).__name__}: {reason[:140]}"}
 
 
 def _event_times(run: Callable[[], object], count: int) -> list[float]:
