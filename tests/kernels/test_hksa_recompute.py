@@ -121,7 +121,8 @@ def bytes_that_python_holds() -> int:
 def test_no_plan_is_kept() -> None:
     """Nor anything else that autograd functions might hold on to where the hooks above do not see it."""
     case = random_case(length=300, writes=8, num_slots=16, dim=16)
-    leaf = case.tensors["q"].requires_grad_()
+    for x in case.tensors.values():
+        x.requires_grad_(x.is_floating_point())
     before = bytes_that_python_holds()
     outputs = call(case, "torch", recompute=True)
     assert outputs["o"].grad_fn is not None
@@ -129,4 +130,3 @@ def test_no_plan_is_kept() -> None:
     boundaries = -(-300 // eager._stretch_length(300, 16, 8)) - 1
     memory = sum(case.tensors[name].nbytes for name in STATE)
     assert bytes_that_python_holds() - before <= made + boundaries * memory
-    assert leaf.grad is None
