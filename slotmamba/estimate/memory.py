@@ -72,12 +72,13 @@ def _boundaries(config: ModelConfig, row: RowShape) -> int:
 
 
 def _decoding_state(config: ModelConfig, row: RowShape) -> int:
-    """Slot memory now and at the start of the segment, the write address's window, the linear recurrence; once the
-    encoder's output."""
+    """Slot memory now and at the start of the segment, the write address's window, the linear recurrence; in layers
+    with injection the encoder's keys and values, and which of them count."""
     entries = config.n_heads * config.slots.factors * config.slots.factor_size
     window = FLOAT * (config.slots.address_conv - 1) * entries
     layer = 2 * slot_state(config) + window + FLOAT * config.d_model
-    return config.decoder_layers * layer + row.encoder_tokens * (FLOAT * config.d_model + 1)
+    injected = row.encoder_tokens * (2 * FLOAT * config.d_model + 1)
+    return config.decoder_layers * layer + len(config.decoder_inject_layers) * injected
 
 
 def _activations(config: ModelConfig, row: RowShape, matrix: int) -> dict[str, float]:

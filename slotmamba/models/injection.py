@@ -16,11 +16,20 @@ START_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class EncoderMemory:
+class EncoderOutput:
     """Output of the encoder [B, S, C] and which of its positions are tokens [B, S]."""
 
     hidden: Tensor
     valid: Tensor
+
+
+@dataclass(frozen=True)
+class EncoderMemory:
+    """What the slots of one layer attend to: keys and values [B, H, S, d], and which of them count [B, 1, 1, S]."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
 
 
 class SlotInjection(nn.Module):
@@ -47,6 +56,14 @@ class SlotInjection(nn.Module):
         for gate in (self.gate_k, self.gate_v):
             nn.init.constant_(gate.bias, math.log(START_SHARE / (1 - START_SHARE)))
 
+    def project(self, encoder: EncoderOutput) -> EncoderMemory:
+        """This layer's keys and values of the encoder's output: once a sequence, however many segments and steps."""
+        shape = (len(encoder.hidden), -1, 2, self.heads, self.dim)
+        keys, values = self.kv_proj(encoder.hidden).view(shape).permute(2, 0, 3, 1, 4)
+        # A row without any encoder token attends to its padding instead of dividing by zero.
+        mask = encoder.valid | ~encoder.valid.any(-1, keepdim=True)
+        return EncoderMemory(keys, values, mask[:, None, None])
+
     def forward(
         self,
         x: Tensor,
@@ -55,7 +72,8 @@ class SlotInjection(nn.Module):
         doc_start: Tensor | None,
         encoder: EncoderMemory,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [B, T, C], write_idx [B, T, H, K] -> c_k, c_v [B, T, H, K, d] and lam_k, lam_v [B, T, H, K].
+"""x [B, T, C], write_idx [B, T, H, K], `project`'s memory -> c_k, c_v [B, T, H, K, d] and lam_k, lam_v
+        [B, T, H, K].
 
         segment_start: the memory as the segment began, None for the initial one.
         """
@@ -92,9 +110,6 @@ class SlotInjection(nn.Module):
     def _attend(self, query: Tensor, encoder: EncoderMemory) -> Tensor:
         """Cross-attention of queries [B, T, H, K, d] to the encoder's tokens."""
         batch, length, heads, active, dim = query.shape
-        keys, values = self.kv_proj(encoder.hidden).view(batch, -1, 2, heads, dim).permute(2, 0, 3, 1, 4)
-        # A row without any encoder token attends to its padding instead of dividing by zero.
-        mask = encoder.valid | ~encoder.valid.any(-1, keepdim=True)
-        query = query.permute(0, 2, 1, 3, 4).reshape(batch, heads, length * active, dim).to(keys.dtype)
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask.view(batch, 1, 1, -1))
+        query = query.permute(0, 2, 1, 3, 4).reshape(batch, heads, length * active, dim).to(encoder.keys.dtype)
+        attended = F.scaled_dot_product_attention(query, encoder.keys, encoder.values, attn_mask=encoder.mask)
         return attended.view(batch, heads, length, active, dim).permute(0, 2, 1, 3, 4)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slotmamba.config.schema import ModelConfig
 from slotmamba.models.decoder import Decoder, DecoderState
 from slotmamba.models.encoder import Encoder
-from slotmamba.models.injection import EncoderMemory
+from slotmamba.models.injection import EncoderOutput
 from slotmamba.sampling import generate
 
 IGNORED = -100  # label of a position without loss
@@ -50,13 +50,18 @@ class _SlotMamba(nn.Module):
         else:
             nn.init.normal_(self.output.weight, std=0.02)
 
-    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """One token for every row: tokens [B] -> logits [B, V] of the next token, and the state after it."""
-        hidden, state = self.decoder.step(self.embedding(tokens), state)
+    def step(self, tokens: Tensor, state: DecoderState, *, consume: bool = False) -> tuple[Tensor, DecoderState]:
+        """One token for every row: tokens [B] -> logits [B, V] of the next token, and the state after it.
+
+        `state` stays as it is, and decoding can go on from it again, unless `consume` gives it away: then the step may
+        overwrite the slot memories instead of copying them. Only a state that a step has returned can be given away,
+        since that of `init_state` is one memory for all layers.
+        """
+        hidden, state = self.decoder.step(self.embedding(tokens), state, consume=consume)
         return self.output(hidden), state
 
     def _hidden(
-        self, input_ids: Tensor, doc_start: Tensor | None, valid: Tensor | None, encoder: EncoderMemory | None
+        self, input_ids: Tensor, doc_start: Tensor | None, valid: Tensor | None, encoder: EncoderOutput | None
     ) -> tuple[Tensor, Tensor]:
         return self.decoder(self.embedding(input_ids), doc_start=doc_start, valid=valid, encoder=encoder)
 
@@ -124,11 +129,11 @@ class SlotMambaForSeq2Seq(_SlotMamba):
         super().__init__(config)
         self.encoder = Encoder(config)
 
-    def encode(self, encoder_ids: Tensor, encoder_valid: Tensor | None = None) -> EncoderMemory:
+    def encode(self, encoder_ids: Tensor, encoder_valid: Tensor | None = None) -> EncoderOutput:
         """encoder_ids [B, S] (embedded with the decoder's embedding) and which of them are tokens [B, S]."""
         if encoder_valid is None:
             encoder_valid = torch.ones_like(encoder_ids, dtype=torch.bool)
-        return EncoderMemory(self.encoder(self.embedding(encoder_ids), encoder_valid), encoder_valid)
+        return EncoderOutput(self.encoder(self.embedding(encoder_ids), encoder_valid), encoder_valid)
 
     def forward(
         self,

@@ -6,12 +6,13 @@ from torch import Tensor
 
 from slotmamba_kernels.backends import choose_backend
 from slotmamba_kernels.hksa.arguments import Inject, Surprise, check_arguments
+from slotmamba_kernels.hksa.decode import hksa_step_
 from slotmamba_kernels.hksa.eager import Run, run_eager
 from slotmamba_kernels.hksa.reference import hksa_reference
 from slotmamba_kernels.hksa.state import SlotState
 from slotmamba_kernels.hksa.vectorized import hksa_torch
 
-__all__ = ["SlotState", "hksa"]
+__all__ = ["SlotState", "hksa", "hksa_step_"]
 
 BACKENDS: dict[str, Run] = {"reference": hksa_reference, "torch": hksa_torch}
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 from torch import Tensor
 
 from slotmamba_kernels.hksa.event_plan_kernels import link_kernel, rank_kernel, scan_kernel, scatter_kernel
@@ -19,10 +18,12 @@ MAX_DIGIT_BITS = 10
 """Of one pass of the sort: all of M=1024 slots in one pass, M=4^10 in two."""
 
 EVENTS_PER_BUCKET = 16
-"""At least, on average, where a bucket holds several slots. Two tokens' worth: a bucket's writes wait for each other."""
+"""At least, on average, or a bucket is made of several slots. Few, since a bucket's writes wait for each other."""
 
+RANK_PROGRAMS = 2048
+MIN_BLOCK, MAX_BLOCK = 512, 4096
 SCAN_ROWS = 16
-LINK_TILE = 512
+TILE = 512
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class EventPlan:
     previous: [S, N] by position, code of the state that the write starts from.
     leaving: [S, N] by position, row of the leaving memory that the state after the write is; -1 if another write
         of the slot comes later, or the write's document is not the one alive at the end, or there is no such row.
-    write_bucket: [S, NB+1] positions at which buckets begin, NB = num_buckets, bucket = slot >> shift; the last is N.
+    write_bucket: [S, NB+1] positions at which buckets begin, NB = num_buckets; the last entry is N. The bucket of a
+        slot is slot >> bucket_shift(M, N), the slot itself if NB = M.
     read_order: [S, R] reads sorted by (slot, time).
     read_bucket: [S, NB+1] the same as write_bucket, for reads.
     read_range: [S, N, 2] by position of the write, [begin, end) in read_order of the reads that see the state after it;
@@ -70,40 +72,49 @@ class EventPlan:
         return replace(self, leaving=leaving)
 
 
+def bucket_shift(num_slots: int, writes: int) -> int:
+    """Bits of a slot below its bucket's, in streams of so many writes."""
+    bits = _slot_bits(num_slots)
+    return bits - min(bits, MAX_DIGIT_BITS, max(writes // EVENTS_PER_BUCKET, 1).bit_length() - 1)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    """triton.cdiv, which takes microseconds when called from Python."""
+    return -(-a // b)
+
+
+def _slot_bits(num_slots: int) -> int:
+    return max((num_slots - 1).bit_length(), 1)
+
+
 @dataclass(frozen=True)
 class _Sizes:
     """Sizes of the launches; digits: (shift, bits) of each pass of the sort, least significant first."""
 
     digits: tuple[tuple[int, int], ...]
+    bucket_shift: int
     block: int
-    num_buckets: int
-    shift: int
 
     def blocks(self, count: int) -> int:
-        return triton.cdiv(count, self.block)
+        return _ceil_div(count, self.block)
 
 
-def _sizes(num_slots: int, writes: int, events: int) -> _Sizes:
-    """For streams of `writes` writes, and `events` events of the more frequent kind."""
-    bits = max((num_slots - 1).bit_length(), 1)
-    top = min(bits, MAX_DIGIT_BITS)
+def _sizes(num_slots: int, streams: int, writes: int, reads: int) -> _Sizes:
+    """For streams of so many writes and reads."""
     # The most significant digit is the widest, since buckets are made of it; the others share what is left.
-    passes = triton.cdiv(bits - top, MAX_DIGIT_BITS)
+    bits = _slot_bits(num_slots)
+    top = min(bits, MAX_DIGIT_BITS)
     digits, shift = [], 0
-    for left in range(passes, 0, -1):
-        width = triton.cdiv(bits - top - shift, left)
+    for left in range(_ceil_div(bits - top, MAX_DIGIT_BITS), 0, -1):
+        width = _ceil_div(bits - top - shift, left)
         digits.append((shift, width))
         shift += width
     digits.append((shift, top))
-
-    bucket_bits = min(top, max(writes // EVENTS_PER_BUCKET, 1).bit_length() - 1)
-    shift = bits - bucket_bits
-    # About 16 blocks a stream, of as many events as a digit has values, and a warp walks through each.
-    block = min(max(triton.next_power_of_2(events) // 16, 256), 4096)
-    return _Sizes(tuple(digits), block, ((num_slots - 1) >> shift) + 1, shift)
+    # A warp walks through each block. Enough of them to fill a GPU, but not many more counts than events.
+    block = 1 << max(streams * (writes + reads) // RANK_PROGRAMS - 1, 0).bit_length()
+    return _Sizes(tuple(digits), bucket_shift(num_slots, writes), min(max(block, MIN_BLOCK), MAX_BLOCK))
 
 
-@torch.no_grad()
 def make_event_plan(
     write_idx: Tensor,
     read_idx: Tensor,
@@ -140,7 +151,8 @@ def make_event_plan(
     _check(write_idx, read_idx, start, length, doc_start, entering, entering_slots, leaving_slots)
     streams, device = batch * heads, write_idx.device
     counts = (length * writes, length * reads)
-    sizes = _sizes(num_slots, counts[0], max(counts))
+    sizes = _sizes(num_slots, streams, *counts)
+    buckets = ((num_slots - 1) >> sizes.bucket_shift) + 1
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
@@ -149,23 +161,22 @@ def make_event_plan(
         write_order=empty(streams, counts[0]),
         previous=empty(streams, counts[0]),
         leaving=empty(streams, counts[0]),
-        write_bucket=empty(streams, sizes.num_buckets + 1),
+        write_bucket=empty(streams, buckets + 1),
         read_order=empty(streams, counts[1]),
-        read_bucket=empty(streams, sizes.num_buckets + 1),
+        read_bucket=empty(streams, buckets + 1),
         read_range=empty(streams, counts[0], 2),
         write_source=empty(batch, length, heads, writes),
         read_source=empty(batch, length, heads, reads),
     )
     words = _sort(write_idx, read_idx, start, counts, plan, sizes)
-    tile = min(LINK_TILE, triton.next_power_of_2(max(counts)))
-    link_kernel[triton.cdiv(max(counts), tile), streams, 2](
+    link_kernel[_ceil_div(max(counts), TILE), streams, 2](
         *words, plan.write_bucket,
         *(write_idx if x is None else x for x in (doc_start, entering_slots, leaving_slots)),  # not looked at if None
         plan.write_order, plan.previous, plan.leaving, plan.write_source,
         plan.read_order, plan.read_range, plan.read_source,
         start, length, tokens, heads,
-        *(0 if x is None else x.shape[1] for x in (entering_slots, leaving_slots)), sizes.num_buckets, sizes.shift,
-        WRITES=writes, READS=reads, TILE=tile, DOCUMENTS=doc_start is not None, ENTERING=entering,
+        *(0 if x is None else x.shape[1] for x in (entering_slots, leaving_slots)), buckets, sizes.bucket_shift,
+        WRITES=writes, READS=reads, TILE=TILE, DOCUMENTS=doc_start is not None, ENTERING=entering,
         LEAVING="dense" if leaving_slots is None else "sparse", num_warps=4, num_stages=1,
     )  # fmt: skip
     return plan
@@ -174,12 +185,11 @@ def make_event_plan(
 def _sort(
     write_idx: Tensor, read_idx: Tensor, start: int, counts: tuple[int, int], plan: EventPlan, sizes: _Sizes
 ) -> list[Tensor]:
-    """The words slot << 32 | event of the writes [S, N] and of the reads [S, R], sorted. Fills in the plan's buckets."""
+    """The words slot << 32 | event of the writes [S, N] and the reads [S, R], sorted. Fills in the plan's buckets."""
     batch, tokens, heads, writes = write_idx.shape
     streams = batch * heads
     per_token = {"WRITES": writes, "READS": read_idx.shape[3]}
     blocks = sizes.blocks(max(counts))
-    tile = min(sizes.block, 512)
     workspace = _Workspace(write_idx, streams, counts, sizes)
     words = workspace.words[0]  # not looked at in the first pass
     for number, (shift, bits) in enumerate(sizes.digits):
@@ -190,13 +200,13 @@ def _sort(
             *shared, *where, **per_token, BLOCK=sizes.block, BITS=bits, FIRST=first, num_warps=1, num_stages=1
         )
         scan_kernel[streams, 2](
-            *workspace.digit_counts, plan.write_bucket, plan.read_bucket, *counts, sizes.num_buckets,
-            1 << max(sizes.shift - shift, 0), BLOCK=sizes.block, BITS=bits, ROWS=SCAN_ROWS, LAST=last,
+            *workspace.digit_counts, plan.write_bucket, plan.read_bucket, *counts, plan.num_buckets,
+            1 << max(sizes.bucket_shift - shift, 0), BLOCK=sizes.block, BITS=bits, ROWS=SCAN_ROWS, LAST=last,
             num_warps=8, num_stages=1,
         )  # fmt: skip
         words = workspace.words[(number + 1) % 2]
-        scatter_kernel[triton.cdiv(max(counts), tile), streams, 2](
-            *shared, *words, plan.read_range, *where, **per_token, BLOCK=sizes.block, TILE=tile, BITS=bits,
+        scatter_kernel[_ceil_div(max(counts), TILE), streams, 2](
+            *shared, *words, plan.read_range, *where, **per_token, BLOCK=sizes.block, TILE=TILE, BITS=bits,
             FIRST=first, num_warps=4, num_stages=1,
         )  # fmt: skip
     return words
@@ -214,8 +224,8 @@ class _Workspace:
         numbers = [streams * count for count in counts]
         digit_counts = [streams * sizes.blocks(count) * digits for count in counts]
         # In 8 bytes; pieces begin at multiples of 16 bytes, as the compiler is told of fresh tensors.
-        pieces = [*numbers * copies, *(triton.cdiv(x, 2) for x in numbers + digit_counts)]
-        pieces = [triton.cdiv(x, 2) * 2 for x in pieces]
+        pieces = [*numbers * copies, *(_ceil_div(x, 2) for x in numbers + digit_counts)]
+        pieces = [_ceil_div(x, 2) * 2 for x in pieces]
         parts = torch.empty(sum(pieces), dtype=torch.int64, device=like.device).split(pieces)
         self.words = [parts[:2], parts[2:4] if copies == 2 else parts[:2]]
         ranks = parts[2 * copies :]

@@ -1,10 +1,10 @@
 """Kernels of the event plan: a radix sort of each stream's events by slot, then the links between them.
 
-A sort pass is three launches: `rank_kernel` counts the digits of every block of events and ranks its events among those
-of the same digit, `scan_kernel` turns the counts into the places where each block's digits begin, `scatter_kernel` moves
-the events. What moves is one 64-bit word, slot << 32 | event: sorted words are in (slot, time) order, since a stream's
-event numbers grow with time. `link_kernel` then looks at neighbours. Writes and reads are sorted by the same launches,
-told apart by the last grid axis.
+A sort pass is three launches: `rank_kernel` counts the digits of every block of events and ranks its events among
+those of the same digit, `scan_kernel` turns the counts into the places where each block's digits begin and
+`scatter_kernel` moves the events. What moves is one 64-bit word, slot << 32 | event: sorted words are in (slot, time)
+order, since a stream's event numbers grow with time. `link_kernel` then looks at neighbours. Writes and reads are
+sorted by the same launches, told apart by the last grid axis.
 """
 # mypy: allow-untyped-defs
 
@@ -37,7 +37,7 @@ def _stream_row(stream, token, tokens, heads):
 def _words(
     idx, words, stream, position, valid, start, count, tokens, heads, PER_TOKEN: tl.constexpr, FIRST: tl.constexpr
 ):
-    """The event words at positions of a stream: made from the slots in the first pass, from the pass before in others."""
+    """The event words at positions of a stream: from the slots in the first pass, then what the pass before sorted."""
     if FIRST:
         row = _stream_row(stream, (start + position // PER_TOKEN).to(tl.int64), tokens, heads)
         slot = tl.load(idx + row * PER_TOKEN + position % PER_TOKEN, mask=valid, other=0)
@@ -213,7 +213,7 @@ def scatter_kernel(
 
 @triton.jit
 def _document_begin(doc_start, stream, time, valid, start, tokens, heads, DOCUMENTS: tl.constexpr):
-    """First token of the document at a time of the stretch, both counted from its first; negative if it began before."""
+    """First token of the document at a time, both counted from the stretch's first; negative if it began before."""
     if DOCUMENTS:
         row = (stream // heads).to(tl.int64) * tokens + start + time
         begin = (tl.load(doc_start + row, mask=valid, other=0) - start).to(tl.int32)
@@ -224,7 +224,7 @@ def _document_begin(doc_start, stream, time, valid, start, tokens, heads, DOCUME
 
 @triton.jit
 def _row_of(slot, wanted, slots, stream, count, MEMORY: tl.constexpr):
-    """Row of a slot in an entering or leaving memory, or -1: the slot itself, or its position among `slots` [S, count]."""
+    """Row of a slot in an entering or leaving memory, or -1: the slot itself, or its place among `slots` [S, count]."""
     if MEMORY == "none":
         row = tl.zeros_like(slot) - 1
     elif MEMORY == "dense":
