@@ -72,7 +72,7 @@ class SlotInjection(nn.Module):
         doc_start: Tensor | None,
         encoder: EncoderMemory,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-"""x [B, T, C], write_idx [B, T, H, K], `project`'s memory -> c_k, c_v [B, T, H, K, d] and lam_k, lam_v
+        """x [B, T, C], write_idx [B, T, H, K], `project`'s memory -> c_k, c_v [B, T, H, K, d] and lam_k, lam_v
         [B, T, H, K].
 
         segment_start: the memory as the segment began, None for the initial one.
