@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slotmamba.config.schema import ModelConfig
 from slotmamba.models.decoder import Decoder, DecoderState
 from slotmamba.models.encoder import Encoder
 from slotmamba.models.injection import EncoderOutput
+from slotmamba.models.layers import OutputMatrix
 from slotmamba.sampling import generate
 
 IGNORED = -100  # label of a position without loss
@@ -44,7 +44,7 @@ class _SlotMamba(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.decoder = Decoder(config)
-        self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.output = OutputMatrix(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight
         else:
@@ -68,13 +68,11 @@ class _SlotMamba(nn.Module):
     def _losses(self, hidden: Tensor, balance: Tensor, labels: Tensor) -> TokenLosses:
         """The output matrix runs on labelled positions only: in recall data they are a small part."""
         row, position = (labels != IGNORED).nonzero(as_tuple=True)
-        logits = self.output(hidden[row, position]).float()
-        targets = labels[row, position].long()
-        log_partition = logits.logsumexp(-1)
+        nll, log_partition, correct = self.output(hidden[row, position], labels[row, position])
         return TokenLosses(
-            nll=F.cross_entropy(logits, targets, reduction="none"),
+            nll=nll,
             z=log_partition.square(),
-            correct=logits.argmax(-1) == targets,
+            correct=correct,
             row=row,
             position=position,
             balance=balance,
