@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -123,7 +124,7 @@ def main() -> None:
     report.header("HKSA on 32k tokens, with and without the leaving memory")
     for slots in (1024, 2**20):
         for return_state in (True, False):
-            cells = measure(lambda slots=slots, leaves=return_state: memory_leaving(slots, leaves), memory=True)
+            cells = measure(partial(memory_leaving, slots, return_state), memory=True)
             report.add({"what": f"M={slots}, {'leaves one' if return_state else 'leaves none'}", **cells})
             torch.cuda.empty_cache()
     if options.json:

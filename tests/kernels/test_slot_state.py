@@ -191,7 +191,7 @@ def test_triton_with_sparse_memories_equals_torch(inject: bool, enters: bool, re
     want, dense = two_calls(case, state, "torch")
     assert isinstance(end, SparseSlotState) and not isinstance(dense, SparseSlotState)
     assert end.slots.shape[-1] == 7 * enters + LENGTH * WRITES
-    assert_equal_to(want, got, 2e-5)
+    assert_equal_to(want, got, 2e-5, least=0.01)  # both are float32
 
 
 @pytest.mark.usefixtures("small_limits")
