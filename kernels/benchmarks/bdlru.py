@@ -111,7 +111,7 @@ def sweep() -> None:
         for m in (1, *BLOCK_SIZES):
             inputs = Case(batch, length, m).inputs()
             for chunk in (length, *CHUNKS):
-                triton_op.chunk_length = partial(_fixed, chunk)  # type: ignore[assignment]
+                triton_op.chunk_length = partial(_fixed, chunk)
                 print(f"B={batch} T={length} m={m} chunk={chunk}: {_ways(inputs)}", flush=True)
             triton_op.chunk_length = chunk_length
             for name in ("AHEAD", "AHEAD_BACKWARD", "AHEAD_COMPOSING"):
