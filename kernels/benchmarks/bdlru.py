@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,21 +27,18 @@ CHUNKS = [1024, 512, 256, 128, 64]
 DISTANCES = [2, 4, 8, 16]
 
 
-Inputs = tuple[Tensor, Tensor, Tensor]  # v, gates, state
-
-
 @dataclass(frozen=True)
 class Case:
     batch: int
     length: int
     m: int
 
-    def inputs(self) -> Inputs:
+    def inputs(self) -> list[Tensor]:
         tokens = (self.batch, self.length)
         v = torch.randn(*tokens, WIDTH, device="cuda", dtype=torch.bfloat16)
         gates = torch.randn(*tokens, WIDTH // self.m, self.m, self.m + 1, device="cuda").softmax(-1)
         state = torch.randn(self.batch, WIDTH, device="cuda")
-        return v.requires_grad_(), gates.requires_grad_(), state.requires_grad_()
+        return [v.requires_grad_(), gates.requires_grad_(), state.requires_grad_()]
 
     def least_bytes(self) -> tuple[int, int]:
         """Forward; forward + backward."""
@@ -55,26 +51,18 @@ def milliseconds(run: Callable[[], object]) -> float:
     return do_bench(run, warmup=50, rep=200, return_mode="median")
 
 
-<<<<<<< HEAD
-def both_ways(inputs: Inputs, backend: str) -> Callable[[], object]:
-=======
 def both_ways(inputs: list[Tensor], backend: str) -> Callable[[], object]:
->>>>>>> bdlru
     v, gates, state = inputs
     grad = torch.randn_like(v)
     return lambda: torch.autograd.grad(bdlru(v, gates, state, backend=backend)[0], inputs, grad)
 
 
-<<<<<<< HEAD
-def one_way(inputs: Inputs, backend: str) -> Callable[[], object]:
-=======
 def one_way(inputs: list[Tensor], backend: str) -> Callable[[], object]:
->>>>>>> bdlru
     v, gates, state = (x.detach() for x in inputs)
     return lambda: bdlru(v, gates, state, backend=backend)
 
 
-def backward_alone(inputs: Inputs) -> Callable[[], object]:
+def backward_alone(inputs: list[Tensor]) -> Callable[[], object]:
     v, gates, state = (x.detach() for x in inputs)
     h, leaving = bdlru(v, gates, state, backend="triton")
     return lambda: triton_op.bdlru_backward(h, leaving, v, gates, state, None, h)
@@ -118,13 +106,8 @@ def sweep() -> None:
             inputs = Case(batch, length, m).inputs()
             shape = f"B={batch} T={length} m={m}"
             for chunk in (length, *CHUNKS):
-<<<<<<< HEAD
-                triton_op.chunk_length = partial(_fixed, chunk)
-                print(f"B={batch} T={length} m={m} chunk={chunk}: {_ways(inputs)}", flush=True)
-=======
                 triton_op.chunk_length = lambda *_, chunk=chunk: chunk
                 print_ways(f"{shape} chunk={chunk}", inputs)
->>>>>>> bdlru
             triton_op.chunk_length = chunk_length
             for name in ("AHEAD", "AHEAD_BACKWARD", "AHEAD_COMPOSING"):
                 table = getattr(triton_op, name)
@@ -135,18 +118,9 @@ def sweep() -> None:
                 table[m] = chosen
 
 
-<<<<<<< HEAD
-def _fixed(chunk: int, *shape: int) -> int:
-    return chunk
-
-
-def _ways(inputs: Inputs) -> str:
-    return f"{milliseconds(one_way(inputs, 'triton')):.3f} / {milliseconds(backward_alone(inputs)):.3f}"
-=======
 def print_ways(title: str, inputs: list[Tensor]) -> None:
     forward, backward = milliseconds(one_way(inputs, "triton")), milliseconds(backward_alone(inputs))
     print(f"{title}: forward {forward:.3f}, backward {backward:.3f}", flush=True)
->>>>>>> bdlru
 
 
 def main() -> None:
