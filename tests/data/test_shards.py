@@ -217,9 +217,7 @@ def test_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no seq2seq form"):
         ShardWriter(tmp_path / "other", vocab_size=5, form="seq2seq")
     for vocab_size in (0, 2**31 + 1):
-        with pytest.raises(
-            ValueError, match=rf"vocab_size={vocab_size}, .*: expected .* at most 2\^31 tokens"
-        ):
+        with pytest.raises(ValueError, match=rf"vocab_size={vocab_size}, .*: expected .* at most 2\^31 tokens"):
             ShardWriter(tmp_path / "other", vocab_size=vocab_size)
 
 
