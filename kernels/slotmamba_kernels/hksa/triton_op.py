@@ -199,6 +199,34 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
+@hksa_forward.register_fake
+def _forward_results(*arguments: Any) -> list[Tensor]:
+    """What `hksa_forward` returns, without values: for torch.compile and others that have none."""
+    named = dict(zip(ARGUMENTS, arguments, strict=True))
+    q, slots, num_slots, recompute = (named[name] for name in ("q", "slots", "num_slots", "recompute"))
+    x = _inputs(*(named[name] for name in DIFFERENTIABLE[:14]))
+    batch, _, heads, _, writes, reads, _ = x.sizes
+    memory = _memory(*(named[name] for name in DIFFERENTIABLE[14:]), slots)
+    sparse = _leaves_sparse(memory is not None, slots, num_slots)
+    saved: list[Tensor] = []
+    for start, length in _stretches(x, recompute):
+        continues = _continues(named["doc_start"], start, length, q)
+        plan = EventPlan.empty(batch, length, heads, writes, reads, num_slots, q.device)
+        left_slots = None
+        if sparse:
+            left_slots = leaving_slots(plan.leaving, None if memory is None else memory.slots, continues, num_slots)
+        saved += [*plan.tensors(), *_memory_tensors(memory if start else None, q)]
+        saved += _table_tensors(None if recompute else Table.empty(x, length), q)
+        memory = Memory(carried(memory, continues, left_slots, q, num_slots), left_slots)
+    return [torch.empty_like(x.q), *_memory_tensors(memory, q), *saved]
+
+
+@hksa_backward.register_fake
+def _backward_results(*arguments: Any) -> list[Tensor]:
+    *given, _, _, _, _ = arguments[7:]
+    return [_absent(given[0]) if x is None else torch.empty_like(x.contiguous()) for x in given]
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     named = dict(zip(ARGUMENTS, inputs, strict=True))
     ctx.set_materialize_grads(False)
