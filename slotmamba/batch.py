@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slotmamba.config.schema import Recipe, SourceConfig
+from slotmamba.errors import InputError
 from slotmamba.models.slotmamba import IGNORED
 from slotmamba_data import Plan, Row, Source, Tokenizer
 
@@ -69,7 +70,7 @@ class Batch:
 
 def _encoder(row: Row) -> tuple[np.ndarray, np.ndarray]:
     if row.encoder_tokens is None or row.encoder_valid is None:
-        raise ValueError("a batch mixes rows with and without encoder tokens: give all sources the same form")
+        raise InputError("a batch mixes rows with and without encoder tokens: give all sources the same form")
     return row.encoder_tokens, row.encoder_valid
 
 
@@ -88,12 +89,12 @@ def check_data(recipe: Recipe, plans: Sequence[Plan]) -> None:
     """Checks what only the data can tell: that the model can take them.
 
     Raises:
-        ValueError: the model has no embedding for a token, the shards are not all of one tokenizer, the recipe's, or a
+        InputError: the model has no embedding for a token, the shards are not all of one tokenizer, the recipe's, or a
             source has encoder tokens for a model without encoder, or none for one with it.
     """
     largest = max(plan.vocab_size for plan in plans)
     if largest > recipe.model.vocab_size:
-        raise ValueError(
+        raise InputError(
             f"model.vocab_size={recipe.model.vocab_size}, but the data have tokens up to {largest - 1}: "
             f"set it to {largest} or more"
         )
@@ -101,14 +102,14 @@ def check_data(recipe: Recipe, plans: Sequence[Plan]) -> None:
     if recipe.data.tokenizer is not None:
         digests.add(Tokenizer(recipe.data.tokenizer).digest)
     if len(digests) > 1:
-        raise ValueError(
+        raise InputError(
             "data.tokenizer, the training and the validation shards are not of one tokenizer: "
             "build them with the same one"
         )
     for plan in plans:
         for index, source in enumerate(plan.sources):
             if (plan.encoder_length(index) is not None) != (recipe.model.encoder_layers > 0):
-                raise ValueError(
+                raise InputError(
                     f"source {source.name!r}: samples of the seq2seq form go with an encoder, all others without one, "
                     f"not with model.encoder_layers={recipe.model.encoder_layers}"
                 )

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from slotmamba.errors import SlotMambaError, suggestion
+from slotmamba.errors import InputError, SlotMambaError, suggestion
 from slotmamba_data.cli import add_data_commands
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ DONE, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 BAD_PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
-class UsageError(ValueError):
+class UsageError(InputError):
     """A command line that does not parse."""
 
 
@@ -51,7 +51,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = Parser(prog="slotmamba", description="Train and use SlotMamba language models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_recipe_command(commands, "train", _train, "train a model; the same command again resumes the run")
-    validate = _add_recipe_command(commands, "validate", _validate, "check a recipe without running it")
+    validate = _add_recipe_command(
+        commands,
+        "validate",
+        _validate,
+        "check a recipe without running it, and say which of its data are not there yet",
+    )
     validate.add_argument("--print", action="store_true", help="print the resolved recipe with all its keys")
     _add_recipe_command(commands, "estimate", _estimate, "parameters, FLOPs per token and memory of a recipe, by part")
     _add_generate(commands)
@@ -128,11 +133,14 @@ def _train(args: argparse.Namespace) -> int:
 
 def _validate(args: argparse.Namespace) -> int:
     from slotmamba.config import recipe_yaml
+    from slotmamba.readiness import missing_data
 
     recipe = _load_recipe(args)
     if args.print:
         print(recipe_yaml(recipe), end="")
     print(f"{recipe.name}: ok")
+    for line in missing_data(recipe):
+        print(f"to be made before training: {line}")
     return DONE
 
 
@@ -220,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if message is None:
             raise
         return _fail(message, FAILURE)
-    except ValueError as error:
+    except InputError as error:
         return _fail(str(error), BAD_INPUT)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from slotmamba.errors import InputError
+
 
 def choose_device(wanted: str, key: str) -> torch.device:
     """The device that ``wanted`` means: `cpu`, `cuda`, or `auto`, a GPU when there is one.
@@ -14,10 +16,10 @@ def choose_device(wanted: str, key: str) -> torch.device:
         key: recipe key or option that asks for it, for the error.
 
     Raises:
-        ValueError: cuda without a GPU.
+        InputError: cuda without a GPU.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{key}=cuda: torch finds no CUDA GPU here; use {key}=cpu or auto")
+        raise InputError(f"{key}=cuda: torch finds no CUDA GPU here; use {key}=cpu or auto")
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted)

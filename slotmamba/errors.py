@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from slotmamba_data.errors import InputError
+
+__all__ = ["InputError", "SlotMambaError", "TrainingError", "one_line", "suggestion"]
+
 
 class SlotMambaError(RuntimeError):
     """A run cannot go on, and it is nobody's bug: the command line prints one line and exits 1.
 
-    For what a user wrote wrongly there is ValueError.
+    For what a user wrote wrongly there is InputError.
     """
 
 

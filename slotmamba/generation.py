@@ -11,10 +11,11 @@ import torch
 from slotmamba.checkpoint import load_model, recipe_path
 from slotmamba.config import Recipe, load_recipe
 from slotmamba.device import choose_device
+from slotmamba.errors import InputError
 from slotmamba.models import SlotMambaForCausalLM, SlotMambaForSeq2Seq
 from slotmamba.sampling import check_sampling, generate_tokens
 from slotmamba_data import StreamDecoder, Tokenizer
-from slotmamba_data.tokenizer import MODEL_NAME
+from slotmamba_data.tokenizer_file import MODEL_NAME
 
 
 def generate_text(
@@ -45,16 +46,16 @@ def generate_text(
         The pieces; joined they are the text that follows the prompt. Everything is loaded before this returns.
 
     Raises:
-        ValueError: an argument out of range, no checkpoint, a run without a tokenizer, or one whose file is missing or
+        InputError: an argument out of range, no checkpoint, a run without a tokenizer, or one whose file is missing or
             does not fit the model.
-        DamagedCheckpointError: the checkpoint is not as it was written.
+        SlotMambaError: the checkpoint is not as it was written, or each of the run's is not.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+        raise InputError(f"max_new_tokens={max_new_tokens}: expected at least 1")
     check_sampling(temperature, top_k, top_p)
     place = choose_device(device, "device")
     if not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed}: expected 0 to 2^63 - 1")
+        raise InputError(f"seed={seed}: expected 0 to 2^63 - 1")
     recipe_file = recipe_path(Path(checkpoint))
     tokenizer = _tokenizer(load_recipe(recipe_file), recipe_file.parent)
     model = load_model(checkpoint, place)
@@ -97,14 +98,14 @@ def _tokenizer(recipe: Recipe, run_dir: Path) -> Tokenizer:
     """The run's own copy of its tokenizer: the recipe's may be elsewhere, or another one by now."""
     path = recipe.data.tokenizer
     if path is None:
-        raise ValueError(
+        raise InputError(
             f"{recipe.name} was trained without a tokenizer, so its tokens are not text: "
             "`generate` needs a run with data.tokenizer set (for recall models there is `slotmamba evaluate`)"
         )
     own = run_dir / MODEL_NAME
     tokenizer = Tokenizer(own if own.is_file() else path)
     if tokenizer.vocab_size > recipe.model.vocab_size:
-        raise ValueError(
+        raise InputError(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the model only {recipe.model.vocab_size}: "
             "it is not the tokenizer of this run"
         )

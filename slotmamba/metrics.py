@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slotmamba.files import write_bytes
+from slotmamba.errors import InputError
+from slotmamba_data.files import write_file
 
 
 class MetricsLog:
@@ -57,7 +58,7 @@ class MetricsLog:
             repeated: kind of record that it will write for ``step`` itself, too.
 
         Raises:
-            ValueError: as `read_metrics`.
+            InputError: as `read_metrics`.
             OSError: the file could not be rewritten; it keeps its old content.
         """
         records = [
@@ -65,7 +66,7 @@ class MetricsLog:
             for record in read_metrics(self.path)
             if record["step"] < step or (record["step"] == step and (repeated is None or record["kind"] != repeated))
         ]
-        write_bytes(self.path, "".join(json.dumps(record) + "\n" for record in records).encode())
+        write_file(self.path, "".join(json.dumps(record) + "\n" for record in records).encode())
         self.close()
         self._descriptor = _open(self.path)
 
@@ -77,7 +78,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl. A value that was not finite is None; a torn last line is left out.
 
     Raises:
-        ValueError: another line is not a JSON object with an integer ``step``; the error names file and line.
+        InputError: another line is not a JSON object with an integer ``step``; the error names file and line.
         OSError: the file cannot be read.
     """
     # A whole line ends with a newline, so what follows the last one is empty or torn.
@@ -89,9 +90,9 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{place}: expected a JSON object, found {line[:60]!r}") from error
+        raise InputError(f"{place}: expected a JSON object, found {line[:60]!r}") from error
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise ValueError(f"{place}: expected a JSON object with an integer `step`, found {line[:60]!r}")
+        raise InputError(f"{place}: expected a JSON object with an integer `step`, found {line[:60]!r}")
     return record
 
 

@@ -51,11 +51,3 @@ def scale_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: 
     """Scale all gradients by ``min(1, max_norm / norm)`` with their `gradient_norm`; ``max_norm = 0`` does nothing."""
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """`gradient_norm` and `scale_gradients` in one; returns the norm before clipping."""
-    parameters = list(parameters)
-    norm = gradient_norm(parameters)
-    scale_gradients(parameters, norm, max_norm)
-    return norm

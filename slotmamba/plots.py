@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slotmamba.files import write_bytes
 from slotmamba.metrics import read_metrics
+from slotmamba_data.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ def plot_run(run_dir: Path) -> list[Path]:
 
     Raises:
         OSError: metrics.jsonl cannot be read, or a plot not be written.
-        ValueError: metrics.jsonl is damaged.
+        InputError: metrics.jsonl is damaged.
     """
     records = read_metrics(run_dir / "metrics.jsonl")
     train = [record for record in records if record["kind"] == "train"]
@@ -46,7 +46,7 @@ def plot_run(run_dir: Path) -> list[Path]:
         image = render(run_dir.resolve().name, "optimizer step", draw)
         if image is not None:
             path = folder / f"{name}.png"
-            write_bytes(path, image)
+            write_file(path, image)
             written.append(path)
     return written
 

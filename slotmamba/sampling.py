@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from slotmamba.errors import InputError
+
 if TYPE_CHECKING:
     from slotmamba.models import SlotMamba
     from slotmamba.models.decoder import DecoderState
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises ValueError for a negative temperature, a top_k below 1 or a top_p outside (0, 1]."""
+    """Raises InputError for a negative temperature, a top_k below 1 or a top_p outside (0, 1]."""
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: expected a number of at least 0; 0 takes the likeliest token")
+        raise InputError(f"temperature={temperature}: expected a number of at least 0; 0 takes the likeliest token")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k}: expected at least 1 token to draw from")
+        raise InputError(f"top_k={top_k}: expected at least 1 token to draw from")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: expected more than 0 and at most 1")
+        raise InputError(f"top_p={top_p}: expected more than 0 and at most 1")
 
 
 def sample(
@@ -49,7 +51,7 @@ def sample(
         Tokens [B], int64.
 
     Raises:
-        ValueError: temperature, top_k or top_p out of range.
+        InputError: temperature, top_k or top_p out of range.
     """
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
@@ -88,18 +90,22 @@ def generate_tokens(
         vocab_size: draw from the tokens below this number only; None is all.
 
     Raises:
-        ValueError: sampling arguments out of range, or input_ids without tokens.
+        InputError: sampling arguments out of range.
+        ValueError: input_ids without tokens.
     """
     check_sampling(temperature, top_k, top_p)
     if input_ids.ndim != 2 or not input_ids.shape[1]:
         raise ValueError(f"input_ids has shape {list(input_ids.shape)}, expected [B, T] with at least one token")
     generator = torch.Generator(input_ids.device).manual_seed(seed)
-    for token in input_ids.unbind(1):
-        logits, state = model.step(token, state)
+    # The caller's state stays as it is; those that the steps return are nobody else's.
+    first, *others = input_ids.unbind(1)
+    logits, state = model.step(first, state)
+    for token in others:
+        logits, state = model.step(token, state, consume=True)
     while True:
         token = sample(logits[:, :vocab_size], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         yield token
-        logits, state = model.step(token, state)
+        logits, state = model.step(token, state, consume=True)
 
 
 def generate(

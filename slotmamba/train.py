@@ -21,19 +21,21 @@ from slotmamba.config import load_recipe, save_recipe
 from slotmamba.config.schema import Recipe
 from slotmamba.device import choose_device, compute_precision
 from slotmamba.environment import describe_environment
-from slotmamba.errors import TrainingError
+from slotmamba.errors import InputError, TrainingError
 from slotmamba.evaluate.validation import Validation
-from slotmamba.files import write_bytes, write_json
+from slotmamba.files import write_json
 from slotmamba.metrics import MetricsLog
 from slotmamba.models import build_model
 from slotmamba.optim import build_optimizer, gradient_norm, scale_gradients
 from slotmamba.plots import plot_run
 from slotmamba.progress import Progress
+from slotmamba.readiness import missing_data
 from slotmamba.schedule import learning_rate
 from slotmamba.signals import StopFlag
 from slotmamba.tracking import Tracker
 from slotmamba_data import PlanReader, Row, Tokenizer, open_plan
-from slotmamba_data.tokenizer import MODEL_NAME
+from slotmamba_data.files import write_file
+from slotmamba_data.tokenizer_file import MODEL_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def train(recipe: Recipe, stop: StopFlag | None = None) -> int:
         stop: a flag that is entered already, so that a signal counts from before this module was imported.
 
     Raises:
-        ValueError: the recipe asks for something that is not there (a GPU, shards), or its data or model are not those
+        InputError: the recipe asks for something that is not there (a GPU, shards), or its data or model are not those
             of the checkpoint in its run folder.
         TrainingError: the loss or gradient is not finite and the recipe says to stop.
         OSError: the run folder cannot be written; the checkpoints before are untouched.
@@ -55,6 +57,9 @@ def train(recipe: Recipe, stop: StopFlag | None = None) -> int:
         with StopFlag() as stop:
             return train(recipe, stop)
     device = choose_device(recipe.train.device, "train.device")
+    missing = missing_data(recipe)
+    if missing:
+        raise InputError("\n".join(missing))
     if device.type == "cpu":
         keep_freed_memory()
     run_dir = recipe.run_path
@@ -148,7 +153,7 @@ class Trainer:
         """The files and sinks that record the run."""
         save_recipe(self.recipe, self.run_dir / "recipe.yaml")
         if self.recipe.data.tokenizer is not None:
-            write_bytes(self.run_dir / MODEL_NAME, Tokenizer(self.recipe.data.tokenizer).path.read_bytes())
+            write_file(self.run_dir / MODEL_NAME, Tokenizer(self.recipe.data.tokenizer).path.read_bytes())
         write_json(self.run_dir / "environment.json", describe_environment())
         with closing(MetricsLog(self.run_dir / "metrics.jsonl")) as self.metrics:
             self.metrics.truncate_after(self.step, repeated="validation" if self.validation_due else None)
@@ -316,5 +321,5 @@ def _locked(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is training in {run_dir}: wait for it or set another run_dir") from None
+            raise InputError(f"another process is training in {run_dir}: wait for it or set another run_dir") from None
         yield

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from slotmamba_data.errors import InputError
 from slotmamba_data.manifest import Manifest
 from slotmamba_data.mqar import generate_mqar
 from slotmamba_data.mqar_spec import MQARSetting, MQARSpec
@@ -45,11 +46,11 @@ def build_text(
         The manifests, by split: `train`, and `val` with a validation share.
 
     Raises:
-        ValueError: an input cannot be read, the output is complete already, or a split got no document.
+        InputError: an input cannot be read, the output is complete already, or a split got no document.
         OSError: the output cannot be written; no folder is complete then. After a kill at least one of them is not.
     """
     if not 0 <= validation < 1:
-        raise ValueError(f"validation={validation}: expected a share from 0 to below 1")
+        raise InputError(f"validation={validation}: expected a share from 0 to below 1")
     about = {"inputs": [str(spec) for spec in inputs], "document_bytes": document_bytes, "validation": validation}
     folders = {"train": output / "train", "val": output / "val"} if validation else {"train": output}
     with contextlib.ExitStack() as stack:
@@ -73,7 +74,7 @@ def build_text(
                     writers[split].add(_tokens(tokenizer, text), meta={"input": str(spec)})
         for split, writer in writers.items():
             if not writer.documents:
-                raise ValueError(
+                raise InputError(
                     f"no document went to {split}: the input has {sum(each.documents for each in writers.values())}; "
                     "cut smaller ones (--document-kib) or change the share (--validation)"
                 )
@@ -110,11 +111,11 @@ def build_mqar(
         overwrite: replace a folder that is complete.
 
     Raises:
-        ValueError: a count below 1, or the output is complete already.
+        InputError: a count below 1, or the output is complete already.
         OSError: the output cannot be written; it is not complete then.
     """
     if len(counts) != len(spec.settings) or min(counts) < 1:
-        raise ValueError(
+        raise InputError(
             f"counts of samples {list(counts)}: expected one of at least 1 for each of {len(spec.settings)} settings"
         )
     about = {"spec": asdict(spec), "counts": list(counts), "seed": seed}

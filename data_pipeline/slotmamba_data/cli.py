@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slotmamba_data.errors import InputError
+
 if TYPE_CHECKING:
     from slotmamba_data.mqar_spec import MQARSetting
 
@@ -15,7 +17,7 @@ _INPUT_HELP = "UTF-8 text or .jsonl file (plain, .xz or .gz), or austen:train, a
 def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add `data` and its three commands; each leaf sets `handler`, a function from the namespace to an exit code.
 
-    The handlers raise ValueError for what the user can correct and OSError for what the system refused.
+    The handlers raise InputError for what the user can correct and OSError for what the system refused.
     """
     data = subparsers.add_parser("data", help="tokenizers and shards", description="Make and check training data.")
     commands = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
@@ -125,9 +127,9 @@ def _build(args: argparse.Namespace) -> int:
     wrong = [name for name in (text_only if args.mqar else recall_only) if getattr(args, name) is not None]
     if wrong:
         what = "recall samples (--mqar)" if args.mqar else "text (without --mqar)"
-        raise ValueError(f"--{wrong[0].replace('_', '-')} has no meaning for {what}")
+        raise InputError(f"--{wrong[0].replace('_', '-')} has no meaning for {what}")
     if args.shard_mib < 1:
-        raise ValueError(f"--shard-mib {args.shard_mib}: expected at least 1")
+        raise InputError(f"--shard-mib {args.shard_mib}: expected at least 1")
     return _build_recall(args) if args.mqar else _build_text(args)
 
 
@@ -137,7 +139,7 @@ def _build_text(args: argparse.Namespace) -> int:
     from slotmamba_data.tokenizer import Tokenizer
 
     if not args.input or args.tokenizer is None:
-        raise ValueError("building text needs --input and --tokenizer (or give --mqar for recall samples)")
+        raise InputError("building text needs --input and --tokenizer (or give --mqar for recall samples)")
     document_bytes = DOCUMENT_BYTES if args.document_kib is None else args.document_kib * 1024 or None
     manifests = build_text(
         args.input,
@@ -161,7 +163,7 @@ def _build_recall(args: argparse.Namespace) -> int:
     from slotmamba_data.mqar_spec import MQARSpec
 
     if not args.setting:
-        raise ValueError("building recall samples needs --setting LENGTH:PAIRS:COUNT, e.g. --setting 64:4:1000")
+        raise InputError("building recall samples needs --setting LENGTH:PAIRS:COUNT, e.g. --setting 64:4:1000")
     settings, counts = zip(*map(_parse_setting, args.setting), strict=True)
     chosen = {name: getattr(args, name) for name in ("vocab_size", "form", "fillers", "power")}
     spec = MQARSpec(settings, **{name: value for name, value in chosen.items() if value is not None})
@@ -179,7 +181,7 @@ def _parse_setting(word: str) -> tuple[MQARSetting, int]:
     try:
         length, pairs, count = map(int, word.split(":"))
     except ValueError as error:
-        raise ValueError(f"--setting {word}: expected LENGTH:PAIRS:COUNT, e.g. 64:4:1000") from error
+        raise InputError(f"--setting {word}: expected LENGTH:PAIRS:COUNT, e.g. 64:4:1000") from error
     return MQARSetting(length, pairs), count
 
 
@@ -220,11 +222,11 @@ def _print_document(folder: Any, path: Path, document: int) -> None:
 
     tokenizer = Tokenizer(path)
     if folder.manifest.tokenizer != tokenizer.digest:
-        raise ValueError(
+        raise InputError(
             f"{folder.path} was not made with tokenizer {tokenizer.path}: its digest is {tokenizer.digest[:16]}"
         )
     if not 0 <= document < folder.manifest.documents:
-        raise ValueError(f"--document {document}: {folder.path} has documents 0 to {folder.manifest.documents - 1}")
+        raise InputError(f"--document {document}: {folder.path} has documents 0 to {folder.manifest.documents - 1}")
     tokens = folder.tokens(document, 0, min(128, int(folder.counts[document])))
     print(f"document {document} begins")
     print(tokenizer.decode(tokens.tolist()))

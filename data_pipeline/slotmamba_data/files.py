@@ -5,13 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
-
-BLOCK_BYTES = 16 * 1024  # unit of the CRCs: what a reader must read, at the least, to trust one token
 
 
 @contextlib.contextmanager
@@ -71,14 +66,3 @@ def write_file(path: Path, content: bytes) -> None:
 def sha256_hex(content: bytes) -> str:
     """SHA-256 of `content` in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
-
-
-def digest_file(path: Path) -> tuple[str, np.ndarray]:
-    """Read `path` once: its SHA-256 in hexadecimal and the CRC-32 of each of its blocks (uint32 [blocks])."""
-    digest = hashlib.sha256()
-    blocks: list[int] = []
-    with naming(path), open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-            blocks.append(zlib.crc32(block))
-    return digest.hexdigest(), np.asarray(blocks, dtype=np.uint32)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from slotmamba_data.errors import InputError
 from slotmamba_data.files import naming, write_file
 
 FORMAT = 1
@@ -66,7 +67,7 @@ class Manifest:
         """The manifest of a complete folder.
 
         Raises:
-            ValueError: there is none, or it is not one that this version can read; says which command builds one.
+            InputError: there is none, or it is not one that this version can read; says which command builds one.
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
@@ -77,7 +78,7 @@ class Manifest:
             )
             inner = [name for name in ("train", "val") if (folder / name / MANIFEST_NAME).is_file()]
             hint = f"; did you mean {folder / inner[0]}?" if inner else ": build it with `slotmamba data build`"
-            raise ValueError(f"{folder} {reason}{hint}")
+            raise InputError(f"{folder} {reason}{hint}")
         with naming(path):
             content = path.read_bytes()
         try:
@@ -87,5 +88,5 @@ class Manifest:
             if version == FORMAT and values.keys() == {field.name for field in fields(cls)}:
                 return cls(**values)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a manifest of shards ({error}): build the folder again") from error
-        raise ValueError(f"{path} has format {version}, expected {FORMAT}: build the folder again with this version")
+            raise InputError(f"{path} is not a manifest of shards ({error}): build the folder again") from error
+        raise InputError(f"{path} has format {version}, expected {FORMAT}: build the folder again with this version")

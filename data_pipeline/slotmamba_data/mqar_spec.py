@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from slotmamba_data.errors import InputError
+
 FIRST_FILLER, FIRST_KEY = 3, 16
 
 
@@ -34,7 +36,7 @@ class MQARSpec:
         power: exponent a of the query gaps, whose i-th place is drawn with weight a * i^(a-1).
 
     Raises:
-        ValueError: no such samples exist.
+        InputError: no such samples exist.
     """
 
     settings: tuple[MQARSetting, ...]
@@ -45,29 +47,29 @@ class MQARSpec:
 
     def __post_init__(self) -> None:
         if not self.settings:
-            raise ValueError("mqar.settings is empty")
+            raise InputError("mqar.settings is empty")
         shapes = [(setting.length, setting.pairs) for setting in self.settings]
         if len(set(shapes)) < len(shapes):
-            raise ValueError(f"mqar.settings lists a (length, pairs) twice: {shapes}")
+            raise InputError(f"mqar.settings lists a (length, pairs) twice: {shapes}")
         if self.form not in ("decoder", "seq2seq") or self.fillers not in ("outside", "any"):
-            raise ValueError(f"mqar: unknown form {self.form!r} or fillers {self.fillers!r}")
+            raise InputError(f"mqar: unknown form {self.form!r} or fillers {self.fillers!r}")
         if self.form == "seq2seq" and self.fillers == "any":
-            raise ValueError("mqar.fillers=any has no meaning in the seq2seq form, which has no fillers")
+            raise InputError("mqar.fillers=any has no meaning in the seq2seq form, which has no fillers")
         if not self.power > 0:
-            raise ValueError(f"mqar.power={self.power}: expected more than 0")
+            raise InputError(f"mqar.power={self.power}: expected more than 0")
         for setting in self.settings:
             self._check(setting)
 
     def _check(self, setting: MQARSetting) -> None:
         shape = f"mqar setting of length {setting.length} with {setting.pairs} pairs"
         if setting.pairs < 1 or not setting.weight > 0:
-            raise ValueError(f"{shape} and weight {setting.weight}: expected at least one pair and a weight above 0")
+            raise InputError(f"{shape} and weight {setting.weight}: expected at least one pair and a weight above 0")
         if self.form == "decoder" and setting.length < 4 * setting.pairs:
-            raise ValueError(f"{shape}: the length must be at least 4 times the pairs, {4 * setting.pairs}")
+            raise InputError(f"{shape}: the length must be at least 4 times the pairs, {4 * setting.pairs}")
         if self.form == "seq2seq" and setting.length < 2:
-            raise ValueError(f"{shape}: a decoder needs room for the beginning and one query, 2 tokens")
+            raise InputError(f"{shape}: a decoder needs room for the beginning and one query, 2 tokens")
         if setting.pairs > self.num_keys:
-            raise ValueError(
+            raise InputError(
                 f"{shape}: mqar.vocab_size={self.vocab_size} has only {max(self.num_keys, 0)} keys, "
                 f"expected at least {2 * (setting.pairs + self.first_key)}"
             )

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from slotmamba_data.errors import InputError
 from slotmamba_data.files import sha256_hex
 from slotmamba_data.packing import Row
 from slotmamba_data.schedule import Schedule
@@ -48,9 +49,9 @@ class Plan:
     def __init__(self, sources: Sequence[Source], seq_len: int, seed: int, split: str) -> None:
         names = [source.name for source in sources]
         if not names or len(set(names)) != len(names):
-            raise ValueError(f"a plan needs sources with distinct names, not {names}")
+            raise InputError(f"a plan needs sources with distinct names, not {names}")
         if seq_len < 1:
-            raise ValueError(f"seq_len={seq_len}: expected at least 1")
+            raise InputError(f"seq_len={seq_len}: expected at least 1")
         self.sources = tuple(sources)
         self.seq_len = seq_len
         self.seed = seed
@@ -59,7 +60,7 @@ class Plan:
         self.vocab_size = max(rows.vocab_size for rows in self._rows)
         self.tokenizers = frozenset(rows.tokenizer for rows in self._rows if rows.tokenizer is not None)
         if len(self.tokenizers) > 1:
-            raise ValueError(
+            raise InputError(
                 f"the sources {names} were tokenised with different tokenizers: build them with the same one"
             )
         self.components = self._components(split)
@@ -83,7 +84,7 @@ class Plan:
 
         Raises:
             IndexError: the number is negative.
-            ValueError: a shard is damaged; names shard and byte.
+            InputError: a shard is damaged; names shard and byte.
             OSError: a shard cannot be read.
         """
         source, turn = self.locate(number)
@@ -123,7 +124,7 @@ def open_plan(sources: Sequence[Source], seq_len: int, seed: int, *, split: str 
         split: part of every draw, so that generated validation samples are never those of training.
 
     Raises:
-        ValueError: a folder of shards is missing, incomplete or damaged, or samples do not fit the rows; says which.
+        InputError: a folder of shards is missing, incomplete or damaged, or samples do not fit the rows; says which.
     """
     return Plan(sources, seq_len, seed, split)
 
@@ -136,7 +137,7 @@ def check_fingerprint(saved: Mapping[str, Any], plan: Plan) -> None:
         plan: the plan to go on with.
 
     Raises:
-        ValueError: they differ; names the sources, shards or settings that do.
+        InputError: they differ; names the sources, shards or settings that do.
     """
     if saved["fingerprint"] == plan.fingerprint:
         return
@@ -147,7 +148,7 @@ def check_fingerprint(saved: Mapping[str, Any], plan: Plan) -> None:
         if before.get(name) != now.get(name)
     ]
     more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
-    raise ValueError(
+    raise InputError(
         f"the data are not those of the saved run; changed: {'; '.join(changes[:5])}{more}. "
         "Resume with the same data, or start a new run"
     )
@@ -187,7 +188,7 @@ class PlanReader:
         """A reader that goes on where `state` was taken.
 
         Raises:
-            ValueError: the plan is not the one of the state; says what differs.
+            InputError: the plan is not the one of the state; says what differs.
         """
         check_fingerprint(state, plan)
         return cls(plan, state["samples_consumed"])

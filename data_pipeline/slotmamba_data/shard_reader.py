@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from slotmamba_data.files import BLOCK_BYTES, digest_file, naming, sha256_hex
+from slotmamba_data.blocks import BLOCK_BYTES, digest_file
+from slotmamba_data.errors import InputError
+from slotmamba_data.files import naming, sha256_hex
 from slotmamba_data.manifest import Manifest, ShardEntry
 
 _OPEN_FILES = 64
@@ -30,7 +32,7 @@ class ShardFolder:
         encoder_counts: int64 [documents], encoder tokens of each; None without an encoder.
 
     Raises:
-        ValueError: no complete folder, a shard is missing or truncated, or an index is missing or damaged.
+        InputError: no complete folder, a shard is missing or truncated, or an index is missing or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -50,7 +52,7 @@ class ShardFolder:
         """Tokens `start` to `stop - 1` of a document, uint16 or uint32.
 
         Raises:
-            ValueError: the shard is damaged there; names shard and byte.
+            InputError: the shard is damaged there; names shard and byte.
             OSError: it cannot be read.
         """
         stop = int(self.counts[document]) if stop is None else stop
@@ -88,7 +90,7 @@ class ShardFolder:
         """Read every shard and compare it with the manifest.
 
         Raises:
-            ValueError: a shard is not as it was written; names shard and byte.
+            InputError: a shard is not as it was written; names shard and byte.
         """
         for shard in self._shards:
             shard.verify()
@@ -103,7 +105,7 @@ def verify(folder: str | Path) -> Manifest:
     """Check every byte of a folder of shards against its manifest, and return the manifest.
 
     Raises:
-        ValueError: something is missing, truncated or damaged; names the file and, in a shard, the byte.
+        InputError: something is missing, truncated or damaged; names the file and, in a shard, the byte.
     """
     shards = ShardFolder(folder)
     shards.verify()
@@ -117,9 +119,9 @@ class _Shard:
         self.entry = entry
         self.path = folder / entry.name
         if not self.path.is_file():
-            raise ValueError(f"shard {self.path} is missing: build the folder again with `slotmamba data build`")
+            raise InputError(f"shard {self.path} is missing: build the folder again with `slotmamba data build`")
         if (size := self.path.stat().st_size) != entry.bytes:
-            raise ValueError(
+            raise InputError(
                 f"shard {self.path} has {size} bytes instead of {entry.bytes}: it was truncated or replaced; "
                 "build the folder again with `slotmamba data build`"
             )
@@ -128,11 +130,11 @@ class _Shard:
 
     def _read_index(self, path: Path) -> Mapping[str, np.ndarray]:
         if not path.is_file():
-            raise ValueError(f"index {path} is missing: build the folder again with `slotmamba data build`")
+            raise InputError(f"index {path} is missing: build the folder again with `slotmamba data build`")
         with naming(path):
             content = path.read_bytes()
         if sha256_hex(content) != self.entry.index_sha256:
-            raise ValueError(f"index {path} is not the one that was written: build the folder again")
+            raise InputError(f"index {path} is not the one that was written: build the folder again")
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
 
@@ -144,12 +146,12 @@ class _Shard:
         with naming(self.path):
             content = os.pread(file.fileno(), end - begin, begin)
         if len(content) < end - begin:
-            raise ValueError(
+            raise InputError(
                 f"shard {self.path} ends at byte {begin + len(content)}: it was truncated since it was opened"
             )
         for start in range(0, len(content), BLOCK_BYTES):
             if zlib.crc32(content[start : start + BLOCK_BYTES]) != self._crcs[block + start // BLOCK_BYTES]:
-                raise ValueError(self._damage(begin + start, f", read for {what} at byte {first}"))
+                raise InputError(self._damage(begin + start, f", read for {what} at byte {first}"))
         return content[first - begin : past - begin]
 
     def verify(self) -> None:
@@ -157,9 +159,9 @@ class _Shard:
         digest, crcs = digest_file(self.path)
         damaged = np.flatnonzero(crcs != self._crcs)
         if damaged.size:
-            raise ValueError(self._damage(int(damaged[0]) * BLOCK_BYTES, ""))
+            raise InputError(self._damage(int(damaged[0]) * BLOCK_BYTES, ""))
         if digest != self.entry.sha256:
-            raise ValueError(f"shard {self.path} has another SHA-256 than its manifest says")
+            raise InputError(f"shard {self.path} has another SHA-256 than its manifest says")
 
     def _damage(self, byte: int, context: str) -> str:
         past = min(byte + BLOCK_BYTES, self.entry.bytes)

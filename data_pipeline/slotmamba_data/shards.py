@@ -30,7 +30,9 @@ from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 
-from slotmamba_data.files import digest_file, naming, publish, sha256_hex, sync_folder, temporary, write_file
+from slotmamba_data.blocks import digest_file
+from slotmamba_data.errors import InputError
+from slotmamba_data.files import naming, publish, sha256_hex, sync_folder, temporary, write_file
 from slotmamba_data.manifest import FORMAT, MANIFEST_NAME, Manifest, ShardEntry
 
 SHARD_BYTES = 256 * 1024 * 1024
@@ -53,7 +55,7 @@ class ShardWriter:
         overwrite: replace a complete folder.
 
     Raises:
-        ValueError: the folder is complete already and not to be replaced, or the arguments make no sense.
+        InputError: the folder is complete already and not to be replaced, or the arguments make no sense.
         OSError: it cannot be written; every OSError of the methods names the file.
     """
 
@@ -70,9 +72,9 @@ class ShardWriter:
         overwrite: bool = False,
     ) -> None:
         if vocab_size < 1 or shard_bytes < 1:
-            raise ValueError(f"vocab_size={vocab_size}, shard_bytes={shard_bytes}: expected at least 1")
+            raise InputError(f"vocab_size={vocab_size}, shard_bytes={shard_bytes}: expected at least 1")
         if form == "seq2seq" and kind != "mqar":
-            raise ValueError(f"shards of kind {kind} have no seq2seq form")
+            raise InputError(f"shards of kind {kind} have no seq2seq form")
         self._target = self.folder = Path(folder)
         self.kind, self.form, self.vocab_size, self.tokenizer = kind, form, vocab_size, tokenizer
         self.documents = 0
@@ -84,7 +86,7 @@ class ShardWriter:
         self._shard: _OpenShard | None = None
         self._manifest: Manifest | None = None
         if (self.folder / MANIFEST_NAME).exists() and not overwrite:
-            raise ValueError(f"{self.folder} is a complete folder of shards: choose another output, or overwrite it")
+            raise InputError(f"{self.folder} is a complete folder of shards: choose another output, or overwrite it")
         if (self.folder / MANIFEST_NAME).exists():
             # What is there stays until there is something to put in its place.
             self.folder = self._target.with_name(f".{self._target.name}.new")
@@ -120,14 +122,14 @@ class ShardWriter:
             meta: JSON values to keep beside the document.
 
         Raises:
-            ValueError: the arrays do not suit the kind, or a token is outside the vocabulary.
+            InputError: the arrays do not suit the kind, or a token is outside the vocabulary.
         """
         if (labels is None) == (self.kind == "mqar") or (encoder is None) == (self.form == "seq2seq"):
-            raise ValueError(
+            raise InputError(
                 f"a document of kind {self.kind}, form {self.form}: wrong set of labels and encoder tokens"
             )
         if labels is not None and labels.shape != tokens.shape:
-            raise ValueError(f"labels of shape {labels.shape} for tokens of shape {tokens.shape}")
+            raise InputError(f"labels of shape {labels.shape} for tokens of shape {tokens.shape}")
         arrays = {"tokens": self._checked(tokens)}
         if labels is not None:
             arrays["labels"] = labels.astype("<i4")
@@ -143,11 +145,11 @@ class ShardWriter:
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
         if tokens.ndim != 1 or not tokens.size:
-            raise ValueError(
+            raise InputError(
                 f"a document's tokens have shape {tokens.shape}, expected one dimension and at least one token"
             )
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            raise ValueError(f"tokens {tokens.min()} to {tokens.max()} do not fit a vocabulary of {self.vocab_size}")
+            raise InputError(f"tokens {tokens.min()} to {tokens.max()} do not fit a vocabulary of {self.vocab_size}")
         return tokens.astype(self._dtype)
 
     def _finish_shard(self) -> None:
@@ -159,7 +161,7 @@ class ShardWriter:
         """Finish the last shard and declare the folder complete; on failure everything written is removed.
 
         Raises:
-            ValueError: no document was added.
+            InputError: no document was added.
         """
         if self._manifest is None:
             try:
@@ -171,7 +173,7 @@ class ShardWriter:
 
     def _finish(self) -> Manifest:
         if not self.documents:
-            raise ValueError(f"no documents to write to {self.folder}")
+            raise InputError(f"no documents to write to {self.folder}")
         if self._shard is not None:
             self._finish_shard()
         manifest = Manifest(

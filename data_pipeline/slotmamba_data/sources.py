@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from slotmamba_data.errors import InputError
 from slotmamba_data.manifest import Manifest
 from slotmamba_data.mqar import MQARSamples, generate_mqar
 from slotmamba_data.mqar_spec import MQARSpec
@@ -32,7 +33,7 @@ class Source:
         mqar: generated samples instead.
 
     Raises:
-        ValueError: neither or both of shards and mqar, or lm without shards.
+        InputError: neither or both of shards and mqar, or lm without shards.
     """
 
     name: str
@@ -43,11 +44,11 @@ class Source:
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
-            raise ValueError(f"source {self.name!r}: weight={self.weight}, expected more than 0")
+            raise InputError(f"source {self.name!r}: weight={self.weight}, expected more than 0")
         if (self.shards is None) == (self.mqar is None):
-            raise ValueError(f"source {self.name!r} needs either `shards` or `mqar` settings, one of them")
+            raise InputError(f"source {self.name!r} needs either `shards` or `mqar` settings, one of them")
         if self.kind == "lm" and self.shards is None:
-            raise ValueError(
+            raise InputError(
                 f"source {self.name!r} of kind lm needs `shards`, a folder written by `slotmamba data build`"
             )
 
@@ -98,7 +99,7 @@ def open_source(source: Source, index: int, seq_len: int, seed: int, split: str)
     """Open source number `index` of a plan.
 
     Raises:
-        ValueError: the shards are not there, damaged, of another kind, or a sample is longer than a row.
+        InputError: the shards are not there, damaged, of another kind, or a sample is longer than a row.
     """
     stream = f"{split}/{source.name}"
     try:
@@ -107,13 +108,13 @@ def open_source(source: Source, index: int, seq_len: int, seed: int, split: str)
         assert source.shards is not None
         folder = ShardFolder(source.shards)
         if folder.manifest.kind != source.kind:
-            raise ValueError(
+            raise InputError(
                 f"{folder.path} holds data of kind {folder.manifest.kind}, the source is of kind {source.kind}"
             )
         rows = TextRows if source.kind == "lm" else StoredRecall
         return rows(folder, index, seq_len, seed, stream)
-    except ValueError as error:
-        raise ValueError(f"source {source.name!r}: {error}") from error
+    except InputError as error:
+        raise InputError(f"source {source.name!r}: {error}") from error
 
 
 def _shard_components(manifest: Manifest) -> dict[str, str]:
@@ -187,7 +188,7 @@ class GeneratedRecall:
     def __init__(self, spec: MQARSpec, index: int, seq_len: int, seed: int, stream: str) -> None:
         longest = max(setting.length for setting in spec.settings)
         if longest > seq_len:
-            raise ValueError(f"samples of {longest} tokens do not fit rows of {seq_len}")
+            raise InputError(f"samples of {longest} tokens do not fit rows of {seq_len}")
         self._spec, self._index, self._seq_len, self._seed, self._stream = spec, index, seq_len, seed, stream
         self._schedule = Schedule([setting.weight for setting in spec.settings])
         self._per_row = [1 if spec.form == "seq2seq" else seq_len // setting.length for setting in spec.settings]
@@ -252,7 +253,7 @@ class StoredRecall:
         self._folder, self._index, self._seq_len, self._seed, self._stream = folder, index, seq_len, seed, stream
         self._lengths = np.unique(folder.counts)
         if self._lengths[-1] > seq_len:
-            raise ValueError(
+            raise InputError(
                 f"{folder.path} has samples of {self._lengths[-1]} tokens, which do not fit rows of {seq_len}"
             )
         seq2seq = manifest.form == "seq2seq"

@@ -12,6 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from slotmamba_data.errors import InputError
+
 DOCUMENT_BYTES = 16 * 1024
 EMBEDDED = {f"austen:{split}": f"austen.{split}.txt.xz" for split in ("train", "val", "test")}
 _COMPRESSED: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
@@ -27,12 +29,12 @@ def open_text(spec: str | Path, *, document_bytes: int | None = DOCUMENT_BYTES) 
             four times as many hold no blank line. Joined, the documents are the file again. None keeps the file whole.
 
     Raises:
-        ValueError: there is no such file or embedded text (at the call), or its content is not what its name says
+        InputError: there is no such file or embedded text (at the call), or its content is not what its name says
             (while reading).
     """
     located = _locate(spec)
     if document_bytes is not None and document_bytes < 1:
-        raise ValueError(f"document_bytes={document_bytes}: expected at least 1")
+        raise InputError(f"document_bytes={document_bytes}: expected at least 1")
     return _documents(located, document_bytes)
 
 
@@ -41,12 +43,12 @@ def _locate(spec: str | Path) -> AbstractContextManager[Path]:
     word = str(spec)
     if word.startswith("austen:"):
         if word not in EMBEDDED:
-            raise ValueError(f"there is no embedded text {word!r}: expected one of {', '.join(EMBEDDED)}")
+            raise InputError(f"there is no embedded text {word!r}: expected one of {', '.join(EMBEDDED)}")
         return resources.as_file(resources.files(__package__).joinpath("corpus", EMBEDDED[word]))
     path = Path(spec)
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"input {word} {reason}: expected a text file or one of {', '.join(EMBEDDED)}")
+        raise InputError(f"input {word} {reason}: expected a text file or one of {', '.join(EMBEDDED)}")
     return nullcontext(path)
 
 
@@ -64,9 +66,9 @@ def _documents(located: AbstractContextManager[Path], document_bytes: int | None
                 else:
                     yield from _cut(lines, document_bytes)
         except UnicodeDecodeError as error:
-            raise ValueError(f"input {path} is not UTF-8 text: {error.reason}") from error
+            raise InputError(f"input {path} is not UTF-8 text: {error.reason}") from error
         except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise ValueError(f"input {path} is not a complete compressed file: {error}") from error
+            raise InputError(f"input {path} is not a complete compressed file: {error}") from error
 
 
 def _json_documents(lines: Iterable[str], path: Path) -> Iterator[str]:
@@ -76,13 +78,13 @@ def _json_documents(lines: Iterable[str], path: Path) -> Iterator[str]:
         try:
             text = json.loads(line)["text"]
         except json.JSONDecodeError as error:
-            raise ValueError(f"input {path}, line {number}: not JSON ({error})") from error
+            raise InputError(f"input {path}, line {number}: not JSON ({error})") from error
         except (KeyError, TypeError) as error:
-            raise ValueError(f"input {path}, line {number}: expected an object with the field `text`") from error
+            raise InputError(f"input {path}, line {number}: expected an object with the field `text`") from error
         if not isinstance(text, str):
-            raise ValueError(f"input {path}, line {number}: `text` is {type(text).__name__}, expected a string")
+            raise InputError(f"input {path}, line {number}: `text` is {type(text).__name__}, expected a string")
         if not is_unicode(text):
-            raise ValueError(f"input {path}, line {number}: `text` holds half a surrogate pair, which is no character")
+            raise InputError(f"input {path}, line {number}: `text` holds half a surrogate pair, which is no character")
         yield text
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from slotmamba_data.errors import InputError
 from slotmamba_data.files import naming, sha256_hex
 from slotmamba_data.text import is_unicode
+from slotmamba_data.tokenizer_file import find_tokenizer
 
-MODEL_NAME = "tokenizer.model"
 # Sentencepiece writes a space as this character and so would read the character itself back as a space.
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
 _PROBE = " a  b\tc\r\n\0\N{LATIN SMALL LETTER E WITH ACUTE}\N{GRINNING FACE}" + SPACE_MARK
@@ -28,19 +29,17 @@ class Tokenizer:
         pad_id, bos_id, eos_id: padding, beginning and end of a document.
 
     Raises:
-        ValueError: no such file, not a sentencepiece model, or one that does not give every text back.
+        InputError: no such file, not a sentencepiece model, or one that does not give every text back.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path) / MODEL_NAME if Path(path).is_dir() else Path(path)
-        if not self.path.is_file():
-            raise ValueError(f"there is no tokenizer {self.path}: make one with `slotmamba data tokenizer`")
+        self.path = find_tokenizer(path)
         with naming(self.path):
             model = self.path.read_bytes()
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ValueError(f"tokenizer {self.path} is not a sentencepiece model") from error
+            raise InputError(f"tokenizer {self.path} is not a sentencepiece model") from error
         self.digest = sha256_hex(model)
         self.vocab_size: int = self._processor.get_piece_size()
         self.pad_id: int = self._processor.pad_id()
@@ -49,7 +48,7 @@ class Tokenizer:
         self._bytes = [self._bytes_of(token) for token in range(self.vocab_size)]
         self._space_mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         if min(self.pad_id, self.bos_id, self.eos_id) < 0 or self.decode(self.encode(_PROBE)) != _PROBE:
-            raise ValueError(
+            raise InputError(
                 f"tokenizer {self.path} does not give every text back, or lacks a token for padding, beginning or end: "
                 "make one with `slotmamba data tokenizer`"
             )
@@ -68,10 +67,10 @@ class Tokenizer:
         """The tokens of `text`, without beginning and end: int32 [tokens].
 
         Raises:
-            ValueError: the text holds half a surrogate pair.
+            InputError: the text holds half a surrogate pair.
         """
         if not is_unicode(text):
-            raise ValueError("the text holds half a surrogate pair, which is no character")
+            raise InputError("the text holds half a surrogate pair, which is no character")
         tokens: list[int] = []
         for number, part in enumerate(text.split(SPACE_MARK)):
             if number:
@@ -83,7 +82,7 @@ class Tokenizer:
         """The text of `tokens`; special tokens are nothing, bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            ValueError: a token is outside the vocabulary.
+            InputError: a token is outside the vocabulary.
         """
         return b"".join(map(self.token_bytes, tokens)).decode(errors="replace")
 
@@ -91,10 +90,10 @@ class Tokenizer:
         """The UTF-8 bytes that one token stands for; none for special tokens.
 
         Raises:
-            ValueError: the token is outside the vocabulary.
+            InputError: the token is outside the vocabulary.
         """
         if not 0 <= token < self.vocab_size:
-            raise ValueError(f"token {token} is outside the {self.vocab_size} of tokenizer {self.path}")
+            raise InputError(f"token {token} is outside the {self.vocab_size} of tokenizer {self.path}")
         return self._bytes[token]
 
 

@@ -16,9 +16,11 @@ from typing import Any, Literal
 
 import sentencepiece
 
+from slotmamba_data.errors import InputError
 from slotmamba_data.files import naming, sha256_hex, write_file
 from slotmamba_data.text import open_text
-from slotmamba_data.tokenizer import MODEL_NAME, SPACE_MARK, Tokenizer
+from slotmamba_data.tokenizer import SPACE_MARK, Tokenizer
+from slotmamba_data.tokenizer_file import MODEL_NAME
 
 REPORT_NAME = "report.json"
 SENTENCE_BYTES = 4096  # the trainer drops longer lines; ours are split before it sees them
@@ -157,7 +159,7 @@ def train_tokenizer(
         seed: of that draw.
 
     Raises:
-        ValueError: an input cannot be read, or the vocabulary does not suit the corpus (too large, too small).
+        InputError: an input cannot be read, or the vocabulary does not suit the corpus (too large, too small).
         OSError: the output cannot be written.
     """
     arguments: dict[str, Any] = {
@@ -167,11 +169,11 @@ def train_tokenizer(
         "seed": seed,
     }
     if input_sentence_size < 1:
-        raise ValueError(f"input_sentence_size={input_sentence_size}: expected at least 1")
+        raise InputError(f"input_sentence_size={input_sentence_size}: expected at least 1")
     corpus = _Corpus(inputs)
     sentences = corpus.sample(input_sentence_size, seed)
     if not sentences:
-        raise ValueError("the inputs hold no line of text to train a tokenizer on")
+        raise InputError("the inputs hold no line of text to train a tokenizer on")
     model = _train(sentences, vocab_size, model_type)
     with naming(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -219,7 +221,7 @@ def _train(sentences: list[str], vocab_size: int, model_type: str) -> bytes:
         # "INTERNAL: src/file.cc(744) [condition] What is wrong." in sentencepiece's words.
         reason = re.sub(r"^\w+: \S+\(\d+\) \[.*?\] (?=\S)", "", str(error))
         reason = reason.removesuffix(" or decrease character_coverage with --character_coverage option.")
-        raise ValueError(f"sentencepiece cannot train {vocab_size} tokens: {reason}") from error
+        raise InputError(f"sentencepiece cannot train {vocab_size} tokens: {reason}") from error
     return model.getvalue()
 
 

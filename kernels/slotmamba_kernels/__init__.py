@@ -1,8 +1,19 @@
 """The ops of SlotMamba: each a folder with the definition, a vectorised form and one public function."""
 
 from slotmamba_kernels.bdlru import bdlru
-from slotmamba_kernels.hksa import SlotState, hksa
+from slotmamba_kernels.cross_entropy import linear_cross_entropy
+from slotmamba_kernels.hksa import SlotState, hksa, hksa_step_
 from slotmamba_kernels.kronecker import kronecker_topk
 from slotmamba_kernels.ssd import ssd
+from slotmamba_kernels.threading import thread_slots
 
-__all__ = ["SlotState", "bdlru", "hksa", "kronecker_topk", "ssd"]
+__all__ = [
+    "SlotState",
+    "bdlru",
+    "hksa",
+    "hksa_step_",
+    "kronecker_topk",
+    "linear_cross_entropy",
+    "ssd",
+    "thread_slots",
+]

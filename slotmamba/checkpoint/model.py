@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,14 +17,19 @@ from slotmamba.checkpoint.manifest import (
     step_name,
     verify_files,
 )
+from slotmamba.checkpoint.newest import load_newest
 from slotmamba.checkpoint.tensors import digests, read_tensors, stored_tensors
+from slotmamba.errors import InputError, one_line
+
+if TYPE_CHECKING:
+    from slotmamba.config.schema import ModelConfig
 
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint folder that ``path`` means: itself, or the newest one of a checkpoints or a run folder.
 
     Raises:
-        ValueError: there is none.
+        InputError: there is none.
     """
     if (path / MANIFEST).exists():
         return path
@@ -31,7 +37,7 @@ def find_checkpoint(path: Path) -> Path:
         steps = claimed_steps(folder)
         if steps:
             return folder / step_name(steps[-1])
-    raise ValueError(
+    raise InputError(
         f"{path} has no checkpoint: expected a run folder, its `checkpoints`, or a folder in there with {MANIFEST}"
     )
 
@@ -40,12 +46,12 @@ def recipe_path(path: Path) -> Path:
     """recipe.yaml of the run that the checkpoint (as in `find_checkpoint`) belongs to.
 
     Raises:
-        ValueError: there is no checkpoint, or no recipe.yaml two folders above it.
+        InputError: there is no checkpoint, or no recipe.yaml two folders above it.
     """
     checkpoint = find_checkpoint(path).resolve()
     recipe = checkpoint.parent.parent / "recipe.yaml"
     if not recipe.is_file():
-        raise ValueError(f"{recipe} is missing: expected the recipe of the run beside its checkpoints")
+        raise InputError(f"{recipe} is missing: expected the recipe of the run beside its checkpoints")
     return recipe
 
 
@@ -53,21 +59,37 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> nn.Modul
     """Build the model of a checkpoint and load its weights; in evaluation mode, parameters on ``device``.
 
     Args:
-        path: A checkpoint, a run's ``checkpoints`` folder or a run folder (the newest checkpoint).
+        path: A checkpoint; or a run folder or its ``checkpoints``, for the newest one in there that is not damaged,
+            from which training would resume too. A warning names each damaged one that is skipped.
 
     Raises:
-        ValueError: there is no checkpoint, or this version builds another model from its configuration.
-        DamagedCheckpointError: a file is missing or differs from what was written.
+        InputError: there is no checkpoint, or this version builds another model from its configuration.
+        DamagedCheckpointError: ``path`` is a checkpoint of which a file is missing or differs from what was written.
+        SlotMambaError: all checkpoints of the run are damaged.
     """
-    from slotmamba.config.schema import ModelConfig
+    return open_checkpoint(path, device)[0]
+
+
+def open_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, Path]:
+    """`load_model`, and the folder of the checkpoint that it took."""
+    newest = find_checkpoint(Path(path))
+    if newest == Path(path):
+        return _load(newest, device), newest
+    folder = newest.parent
+    found = load_newest(folder, lambda step: _load(folder / step_name(step), device))
+    assert found is not None, "find_checkpoint has seen one"
+    step, model = found
+    return model, folder / step_name(step)
+
+
+def _load(folder: Path, device: torch.device | str) -> nn.Module:
     from slotmamba.models import build_model
 
-    folder = find_checkpoint(Path(path))
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
     # The initial weights, all replaced below, are not to take numbers from the caller's random stream.
     with torch.random.fork_rng(devices=[]):
-        model = build_model(ModelConfig.model_validate(manifest.model))
+        model = build_model(_config(manifest.model, folder))
     state.check_model(model, stored_tensors(folder), folder)
     tensors = state.model_tensors(model)
     read_tensors(folder, tensors)
@@ -75,3 +97,16 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> nn.Modul
     if digests(tensors, written) != written:
         raise DamagedCheckpointError(f"{folder}: the tensors read differ from those written")
     return model.to(device).eval()
+
+
+def _config(section: dict[str, Any], folder: Path) -> ModelConfig:
+    from pydantic import ValidationError
+
+    from slotmamba.config.schema import ModelConfig
+
+    try:
+        return ModelConfig.model_validate(section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("model", *first["loc"])))
+        raise InputError(f"{folder}: this version has no such model: {key}: {one_line(first['msg'])}") from error

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slotmamba.errors import InputError
+
 _MODEL = "model."
 _OPTIMIZER = "optimizer."
 
@@ -75,7 +77,7 @@ def check_model(model: nn.Module, stored: Mapping[str, Tensor], checkpoint: Path
     """Compare names, shapes and dtypes of the model's tensors with the ``stored`` ones.
 
     Raises:
-        ValueError: they differ; the text names the first tensor that does.
+        InputError: they differ; the text names the first tensor that does.
     """
     here = model_tensors(model)
     there = {name: tensor for name, tensor in stored.items() if name.startswith(_MODEL)}
@@ -83,7 +85,7 @@ def check_model(model: nn.Module, stored: Mapping[str, Tensor], checkpoint: Path
         ours = _describe(here[name]) if name in here else "missing"
         theirs = _describe(there[name]) if name in there else "missing"
         if ours != theirs:
-            raise ValueError(f"{checkpoint} is of another model: {name} is {theirs} there and {ours} here")
+            raise InputError(f"{checkpoint} is of another model: {name} is {theirs} there and {ours} here")
 
 
 def check_optimizer(
@@ -92,13 +94,13 @@ def check_optimizer(
     """Check that every ``stored`` optimizer state is of a parameter that the optimizer has.
 
     Raises:
-        ValueError: one is not; the text names it.
+        InputError: one is not; the text names it.
     """
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in trained}
     for name in sorted(stored):
         if name.startswith(_OPTIMIZER) and _split(name)[0] not in names:
-            raise ValueError(f"{checkpoint} has {name}, but the optimizer here does not train that parameter")
+            raise InputError(f"{checkpoint} has {name}, but the optimizer here does not train that parameter")
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -25,7 +25,6 @@ from slotmamba.checkpoint.manifest import (
     MANIFEST,
     DamagedCheckpointError,
     Manifest,
-    claimed_steps,
     committed_steps,
     is_intact,
     read_manifest,
@@ -34,6 +33,7 @@ from slotmamba.checkpoint.manifest import (
     verify_files,
     write_manifest,
 )
+from slotmamba.checkpoint.newest import load_newest
 from slotmamba.checkpoint.rng import rng_state, set_rng_state
 from slotmamba.checkpoint.tensors import (
     all_finite,
@@ -44,8 +44,9 @@ from slotmamba.checkpoint.tensors import (
     stored_tensors,
     write_tensors,
 )
-from slotmamba.errors import SlotMambaError
-from slotmamba.files import fsync_folder, write_json
+from slotmamba.errors import InputError, SlotMambaError
+from slotmamba.files import write_json
+from slotmamba_data.files import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ _RNG = "rng.json"
 
 
 class CheckpointStore:
-    """The checkpoints of one run, which one process at a time may write."""
+    """The checkpoints of one run. Whoever writes holds the run's folder (`slotmamba.train` locks it)."""
 
     def __init__(self, run_dir: Path, keep: int, model_config: dict[str, Any]) -> None:
         """
@@ -79,11 +80,12 @@ class CheckpointStore:
     def clean(self) -> None:
         """Tidy up after processes that died, at the start of a run.
 
-        A temporary folder with an intact manifest is complete and only lacks its name: it gets it. All others go.
+        Nobody else writes here, so every temporary folder was left behind, even if its number is that of another
+        process by now. One with an intact manifest is complete and only lacks its name: it gets it. All others go.
         """
         for path in sorted(self.folder.glob(".*")):
-            match = re.fullmatch(r"\.(tmp|old)-step-(\d+)-(\d+)", path.name)
-            if match is None or _is_another_process(int(match[3])):
+            match = re.fullmatch(r"\.(tmp|old)-step-(\d+)-\d+", path.name)
+            if match is None:
                 continue
             step = int(match[2])
             if match[1] == "tmp" and is_intact(path) and step not in self.committed():
@@ -123,7 +125,7 @@ class CheckpointStore:
 
         Raises:
             DamagedCheckpointError: a file is missing or differs from what was written.
-            ValueError: it is a checkpoint of another model.
+            InputError: it is a checkpoint of another model.
         """
         folder = self.folder / step_name(step)
         manifest = read_manifest(folder)
@@ -149,17 +151,9 @@ class CheckpointStore:
 
         Raises:
             SlotMambaError: there are checkpoints, but each of them is damaged.
-            ValueError: the newest is a checkpoint of another model.
+            InputError: the newest is a checkpoint of another model.
         """
-        steps = claimed_steps(self.folder)
-        for step in reversed(steps):
-            try:
-                return step, self.load(step, model, optimizer)
-            except DamagedCheckpointError as error:
-                logger.warning("checkpoint of step %d is skipped: %s", step, error)
-        if steps:
-            raise SlotMambaError(f"none of the {len(steps)} checkpoints in {self.folder} can be loaded")
-        return None
+        return load_newest(self.folder, lambda step: self.load(step, model, optimizer))
 
     def _write(
         self,
@@ -174,7 +168,7 @@ class CheckpointStore:
             shutil.rmtree(folder)
         if not self.folder.exists():
             self.folder.mkdir(parents=True)
-            fsync_folder(self.folder.parent)
+            sync_folder(self.folder.parent)
         folder.mkdir()
         tensors = state.model_tensors(model) | state.optimizer_tensors(model, optimizer)
         write_tensors(folder, tensors)
@@ -216,7 +210,7 @@ class CheckpointStore:
         final = self.folder / step_name(step)
         replaced = self._set_aside(final) if final.exists() else None
         temporary.rename(final)
-        fsync_folder(self.folder)
+        sync_folder(self.folder)
         if replaced:
             _delete(replaced)
         return final
@@ -225,7 +219,7 @@ class CheckpointStore:
         """From here on the folder is not a checkpoint."""
         aside = checkpoint.with_name(f".old-{checkpoint.name}-{os.getpid()}")
         checkpoint.rename(aside)
-        fsync_folder(self.folder)
+        sync_folder(self.folder)
         return aside
 
     def _prune(self, saved: int) -> None:
@@ -241,7 +235,7 @@ class CheckpointStore:
         differences = _differences(manifest.model, self.model_config, "model")
         if differences:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-            raise ValueError(f"{folder} is of another model: {', '.join(differences[:3])}{more}")
+            raise InputError(f"{folder} is of another model: {', '.join(differences[:3])}{more}")
 
     def _save_error(self, step: int, error: OSError) -> OSError:
         latest = self.latest()
@@ -269,16 +263,3 @@ def _delete(checkpoint: Path) -> None:
         shutil.rmtree(checkpoint)
     except OSError as error:
         logger.warning("cannot delete the old checkpoint %s: %s", checkpoint, error.strerror)
-
-
-def _is_another_process(pid: int) -> bool:
-    """Whether a process other than this one has the number. Ours may be that of one that died in another container."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

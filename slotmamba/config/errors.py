@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slotmamba.config import fields
-from slotmamba.errors import one_line, suggestion
+from slotmamba.errors import InputError, one_line, suggestion
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Location = tuple[str | int, ...]
 
 
-class RecipeError(ValueError):
+class RecipeError(InputError):
     """A recipe that cannot be used. ``str(error)`` has one line for each thing that is wrong."""
 
 

@@ -125,8 +125,9 @@ def slot_memory(config: ModelConfig, row: RowShape) -> dict[str, Flops]:
         no comparison where all are kept); K exponentials.
     write: a head and active slot: decay and normaliser 6, decay of S_k and S_v 2d, and a step: k.S of both 4d, then
         S + w beta (u - k (k.S)) of both 8d, and 3 for the sizes. In all K H (6 + 2d + n (12d + 3)).
-    surprise (threaded models): a head: the mean of what is written 4 n d, and n + 2d; an active slot: contents,
-        differences, squares, sums of S_k and S_v 8d, mixing and averaging 9.
+    surprise (threaded models; not in the last segment, after which nobody asks for it): a head: the mean of what is
+        written 4 n d, and n + 2d; an active slot: contents, differences, squares, sums of S_k and S_v 8d, mixing and
+        averaging 9.
     read: a head and read slot: q.S_k and p S_v 4d; scaling, log w, softmax 10.
     threading: a boundary of segments, a head and slot, in all layers but the lowest: the gate 7, the mix of 2d + 2
         numbers 3 each; a row of T tokens has ceil(T / segment_len) - 1 boundaries.
@@ -149,7 +150,8 @@ def slot_memory(config: ModelConfig, row: RowShape) -> dict[str, Flops]:
         boundaries = -(-row.tokens // slots.segment_len) - 1
         mixing = boundaries * heads * slots.num_slots * (7 + 3 * (2 * dim + 2)) / row.tokens
         surprise = Flops(heads * 4 * steps * dim, heads * (steps + 2 * dim + active * (8 * dim + 9)))
-        parts |= {"surprise": surprise, "threading": Flops(other=mixing) * ((layers - 1) / layers)}
+        before_last = boundaries * slots.segment_len / row.tokens
+        parts |= {"surprise": surprise * before_last, "threading": Flops(other=mixing) * ((layers - 1) / layers)}
     return {name: each * layers for name, each in parts.items()}
 
 

@@ -1,9 +1,9 @@
 """Bytes of one process: weights and what training keeps beside them, activations, slot state.
 
 Activations are what autograd keeps of one micro-batch for the backward pass, tensor by tensor as the layers' code makes
-them (PyTorch operations, not fused kernels), and the largest things that the backward pass adds while all of that is
-still there: the gradient of the logits and the workspace of one slot layer. Left out are vectors much smaller than a
-token's hidden state. Under bfloat16 autocast the operands of matrix products are kept in 2 bytes a number, while norms,
+them (PyTorch operations, not fused kernels), and the largest thing that the backward pass adds while all of that is
+still there: a block of logits or the workspace of one slot layer. Left out are vectors much smaller than a token's
+hidden state. Under bfloat16 autocast the operands of matrix products are kept in 2 bytes a number, while norms,
 gates, addresses and the slot memory stay float32.
 """
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from slotmamba.config.schema import ModelConfig, Recipe
 from slotmamba.estimate.row import RowShape, row_shape
+from slotmamba_kernels.cross_entropy.chunked import block_rows
 
 FLOAT, INDEX = 4, 8  # bytes of a float32 and an int64
 
@@ -47,13 +48,15 @@ def memory(recipe: Recipe, parameters: int) -> Memory:
     """The memory that a recipe with so many parameters needs in one process."""
     config, row, rows = recipe.model, row_shape(recipe), recipe.train.micro_batch
     matrix = 2 if recipe.train.precision == "bf16" else FLOAT
-    per_token = {name: number * row.tokens * rows for name, number in _activations(config, row, matrix).items()}
+    activations = {name: number * row.tokens * rows for name, number in _activations(config, row, matrix).items()}
+    workspace = row.tokens * rows * _workspace(config, row)
+    activations["backward workspace"] = max(workspace, _logits(config, row.labelled * row.tokens * rows, matrix))
     return Memory(
         parameters=FLOAT * parameters,
         gradients=FLOAT * parameters,
         optimizer=2 * FLOAT * parameters,
         autocast=_rounded(parameters, matrix),
-        activations=per_token,
+        activations=activations,
         boundary_states=rows * _boundaries(config, row) * config.decoder_layers * slot_state(config),
         decoding_state=_decoding_state(config, row),
         decoding_per_token=2 * FLOAT * config.d_model if config.attention_layer is not None else 0,
@@ -72,12 +75,13 @@ def _boundaries(config: ModelConfig, row: RowShape) -> int:
 
 
 def _decoding_state(config: ModelConfig, row: RowShape) -> int:
-    """Slot memory now and at the start of the segment, the write address's window, the linear recurrence; once the
-    encoder's output."""
+    """Slot memory now and at the start of the segment, the write address's window, the linear recurrence; in layers
+    with injection the encoder's keys and values, and which of them count."""
     entries = config.n_heads * config.slots.factors * config.slots.factor_size
     window = FLOAT * (config.slots.address_conv - 1) * entries
     layer = 2 * slot_state(config) + window + FLOAT * config.d_model
-    return config.decoder_layers * layer + row.encoder_tokens * (FLOAT * config.d_model + 1)
+    injected = row.encoder_tokens * (2 * FLOAT * config.d_model + 1)
+    return config.decoder_layers * layer + len(config.decoder_inject_layers) * injected
 
 
 def _activations(config: ModelConfig, row: RowShape, matrix: int) -> dict[str, float]:
@@ -93,10 +97,14 @@ def _activations(config: ModelConfig, row: RowShape, matrix: int) -> dict[str, f
         parts["injection"] = len(config.decoder_inject_layers) * _injection(config, row, matrix)
     if config.mlp_ratio:
         parts["MLP"] = layers * _mlp(config, matrix)
-    # Final norm; logits, their log-softmax and its gradient at labelled positions.
-    parts["output"] = FLOAT * width + row.labelled * (matrix * width + 3 * FLOAT * config.vocab_size)
-    parts["backward workspace"] = _workspace(config, row)
+    parts["output"] = (1 + row.labelled) * FLOAT * width  # final norm; what it gives labelled positions
     return parts
+
+
+def _logits(config: ModelConfig, labels: float, matrix: int) -> float:
+    """The block of logits that exists at a time, which becomes their gradient; under autocast also in float32."""
+    rows = min(labels, block_rows(config.vocab_size, "cuda"))
+    return rows * config.vocab_size * (matrix if matrix == FLOAT else matrix + FLOAT)
 
 
 def _encoder(config: ModelConfig, length: int, matrix: int) -> dict[str, float]:

@@ -13,7 +13,8 @@ import torch
 from slotmamba.batch import check_data, plan_source
 from slotmamba.config.schema import Recipe, SourceConfig
 from slotmamba.device import compute_precision
-from slotmamba.errors import SlotMambaError
+from slotmamba.errors import InputError, SlotMambaError
+from slotmamba.evaluate.pulse import Pulse
 from slotmamba.evaluate.validation import Validation
 from slotmamba.models import SlotMamba
 from slotmamba.tables import table
@@ -66,22 +67,22 @@ class PerplexityReport:
         return "\n".join(lines)
 
 
-def evaluate(model: SlotMamba, recipe: Recipe, device: torch.device) -> PerplexityReport:
+def evaluate(model: SlotMamba, recipe: Recipe, device: torch.device, pulse: Pulse) -> PerplexityReport:
     """Perplexity on one whole epoch of each validation source of kind lm, packed in rows as in training.
 
     Raises:
-        ValueError: there is no such source, or its shards are missing, damaged or not of the run's tokenizer and
+        InputError: there is no such source, or its shards are missing, damaged or not of the run's tokenizer and
             vocabulary.
         SlotMambaError: the loss is not finite.
     """
     sources = [source for source in recipe.data.validation if source.kind == "lm"]
     if not sources:
-        raise ValueError(
+        raise InputError(
             f"{recipe.name} has no validation text: perplexity needs a source of kind lm in data.validation"
         )
     assert not recipe.model.encoder_layers, "recipes refuse text for models with an encoder"
     tokenizer = None if recipe.data.tokenizer is None else Tokenizer(recipe.data.tokenizer)
-    return PerplexityReport(tuple(_measure(model, recipe, source, tokenizer, device) for source in sources))
+    return PerplexityReport(tuple(_measure(model, recipe, source, tokenizer, device, pulse) for source in sources))
 
 
 def unigram_entropy(source: Source) -> float:
@@ -90,7 +91,7 @@ def unigram_entropy(source: Source) -> float:
     No model that predicts the same distribution everywhere has a lower loss on it.
 
     Raises:
-        ValueError: the shards are missing or damaged, not text, or have nothing to predict.
+        InputError: the shards are missing or damaged, not text, or have nothing to predict.
     """
     return _entropy(_label_counts(source))
 
@@ -98,10 +99,10 @@ def unigram_entropy(source: Source) -> float:
 def _label_counts(source: Source) -> np.ndarray:
     """How often each token is a label in one epoch, int64 [vocab_size]: all tokens but the first of each document."""
     if source.shards is None:
-        raise ValueError(f"source {source.name!r} is not text: expected one of kind lm")
+        raise InputError(f"source {source.name!r} is not text: expected one of kind lm")
     folder = ShardFolder(source.shards)
     if folder.manifest.kind != "lm":
-        raise ValueError(f"source {source.name!r}: {folder.path} holds data of kind {folder.manifest.kind}, not lm")
+        raise InputError(f"source {source.name!r}: {folder.path} holds data of kind {folder.manifest.kind}, not lm")
     counts = np.zeros(folder.manifest.vocab_size, dtype=np.int64)
     try:
         for document in range(len(folder.counts)):
@@ -109,7 +110,7 @@ def _label_counts(source: Source) -> np.ndarray:
     finally:
         folder.close()
     if not counts.any():
-        raise ValueError(f"source {source.name!r}: {folder.path} has no document of two tokens or more")
+        raise InputError(f"source {source.name!r}: {folder.path} has no document of two tokens or more")
     return counts
 
 
@@ -119,7 +120,12 @@ def _entropy(counts: np.ndarray) -> float:
 
 
 def _measure(
-    model: SlotMamba, recipe: Recipe, config: SourceConfig, tokenizer: Tokenizer | None, device: torch.device
+    model: SlotMamba,
+    recipe: Recipe,
+    config: SourceConfig,
+    tokenizer: Tokenizer | None,
+    device: torch.device,
+    pulse: Pulse,
 ) -> SourcePerplexity:
     source = plan_source(config)
     with closing(open_plan([source], recipe.data.seq_len, recipe.seed, split="validation")) as plan:
@@ -130,7 +136,7 @@ def _measure(
     tokens, size = int(counts.sum()), None
     if tokenizer is not None:
         size = int(counts @ [len(tokenizer.token_bytes(token)) for token in range(len(counts))])
-    loss = _loss(model, recipe, config, rows, device)
+    loss = _loss(model, recipe, config, rows, device, pulse)
     bits = loss / math.log(2)
     return SourcePerplexity(
         source=source.name,
@@ -144,12 +150,19 @@ def _measure(
     )
 
 
-def _loss(model: SlotMamba, recipe: Recipe, source: SourceConfig, rows: int, device: torch.device) -> float:
+def _loss(
+    model: SlotMamba, recipe: Recipe, source: SourceConfig, rows: int, device: torch.device, pulse: Pulse
+) -> float:
     """Mean loss in nats over the first rows of a source."""
     data = recipe.data.model_copy(update={"validation": [source]})
     train = recipe.train.model_copy(update={"eval_rows": rows})
     with closing(Validation(recipe.model_copy(update={"data": data, "train": train}))) as validation:
-        records = validation.run(model, device, lambda: compute_precision(device, recipe.train.precision))
+        records = validation.run(
+            model,
+            device,
+            lambda: compute_precision(device, recipe.train.precision),
+            measured=lambda done: pulse.tick(f"{source.name}: {done:,} of {rows:,} rows"),
+        )
     assert records is not None
     loss = float(records[0]["loss"])
     if not math.isfinite(loss):

@@ -10,6 +10,8 @@ import torch
 
 from slotmamba.config.schema import Recipe, SourceConfig
 from slotmamba.device import compute_precision
+from slotmamba.errors import InputError
+from slotmamba.evaluate.pulse import Pulse
 from slotmamba.models import SlotMamba
 from slotmamba.plots import render
 from slotmamba.tables import table
@@ -109,30 +111,32 @@ class RecallReport:
         return image
 
 
-def evaluate(model: SlotMamba, recipe: Recipe, device: torch.device, samples: int = SAMPLES) -> RecallReport:
+def evaluate(
+    model: SlotMamba, recipe: Recipe, device: torch.device, pulse: Pulse, samples: int = SAMPLES
+) -> RecallReport:
     """Recall on those of the seven published test settings that the vocabulary has keys for, on fresh samples.
 
     Vocabulary, fillers and form are those of the run's first recall source. A run without one is asked with the
     published vocabulary.
 
     Raises:
-        ValueError: the model's vocabulary is smaller than that of the samples, or too small for any setting.
+        InputError: the model's vocabulary is smaller than that of the samples, or too small for any setting.
     """
     spec = _spec(recipe)
     if spec.vocab_size > recipe.model.vocab_size:
-        raise ValueError(
+        raise InputError(
             f"recall samples have a vocabulary of {spec.vocab_size} tokens, the model of {recipe.name} has "
             f"{recipe.model.vocab_size}: recall is for runs with a source of kind mqar, or a vocabulary that large"
         )
     settings = [setting for setting in PUBLISHED_TEST if setting.pairs <= spec.num_keys]
     if not settings:
-        raise ValueError(
+        raise InputError(
             f"the recall samples of {recipe.name} have {spec.num_keys} keys, fewer than any published setting needs"
         )
     return RecallReport(
         spec=replace(spec, settings=tuple(settings)),
         samples=samples,
-        settings=tuple(_measure(model, recipe, spec, setting, samples, device) for setting in settings),
+        settings=tuple(_measure(model, recipe, spec, setting, samples, device, pulse) for setting in settings),
         left_out=tuple(setting for setting in PUBLISHED_TEST if setting not in settings),
     )
 
@@ -152,18 +156,26 @@ def _source_spec(source: SourceConfig) -> MQARSpec:
     folder = ShardFolder(source.shards)
     content = folder.manifest.about.get("spec")
     if content is None:
-        raise ValueError(f"source {source.name!r}: {folder.path} does not say what samples it holds; build it again")
+        raise InputError(f"source {source.name!r}: {folder.path} does not say what samples it holds; build it again")
     settings = tuple(MQARSetting(**setting) for setting in content["settings"])
     return MQARSpec(**(content | {"settings": settings}))
 
 
 def _measure(
-    model: SlotMamba, recipe: Recipe, spec: MQARSpec, setting: MQARSetting, samples: int, device: torch.device
+    model: SlotMamba,
+    recipe: Recipe,
+    spec: MQARSpec,
+    setting: MQARSetting,
+    samples: int,
+    device: torch.device,
+    pulse: Pulse,
 ) -> SettingRecall:
+    name = f"{setting.length} tokens, {setting.pairs} pairs"
     # As many tokens at once as in training.
     batch = max(1, recipe.train.micro_batch * recipe.data.seq_len // setting.length)
     gaps, right = [], []
     for first in range(0, samples, batch):
+        pulse.tick(f"{name}: {first:,} of {samples:,} samples")
         numbers = np.arange(first, min(first + batch, samples))
         drawn = generate_mqar(spec, setting, numbers, seed=recipe.seed, stream="evaluation")
         gaps.append(drawn.gaps.ravel())
@@ -171,7 +183,9 @@ def _measure(
     seen = [each for source in recipe.data.sources if source.kind == "mqar" for each in _source_spec(source).settings]
     trained = any(each.length >= setting.length for each in seen) and any(each.pairs >= setting.pairs for each in seen)
     all_gaps, all_right = np.concatenate(gaps), np.concatenate(right)
-    return SettingRecall(setting.length, setting.pairs, trained, float(all_right.mean()), _by_gap(all_gaps, all_right))
+    found = float(all_right.mean())
+    pulse.say(f"{name}: recall {found:.3f}")
+    return SettingRecall(setting.length, setting.pairs, trained, found, _by_gap(all_gaps, all_right))
 
 
 @torch.no_grad()

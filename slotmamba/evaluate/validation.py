@@ -53,11 +53,13 @@ class Validation:
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[object]],
         stop: Callable[[], bool] = lambda: False,
+        measured: Callable[[int], None] = lambda rows: None,
     ) -> list[dict[str, float | str]] | None:
         """One record a source: loss in nats a token, bits_per_token, recall/LENGTHxPAIRS of generated
         recall samples, recall/all of those from shards.
 
-        `stop` is asked between batches; once it holds the measurement is given up and the result is None.
+        `stop` is asked between batches; once it holds the measurement is given up and the result is None. `measured` is
+        told after each batch how many rows of a source, or of a recall setting, are done.
         """
         training = model.training
         model.eval()
@@ -66,6 +68,7 @@ class Validation:
         try:
             for part in self._parts:
                 counts = torch.zeros(3, dtype=torch.float64)  # nats, correct, tokens
+                done = 0
                 for batch in self._batches(part.plan, device):
                     if stop():
                         return None
@@ -74,6 +77,8 @@ class Validation:
                     counts += (
                         torch.stack([losses.nll, losses.correct, torch.ones_like(losses.nll)]).double().sum(1).cpu()
                     )
+                    done += len(batch.input_ids)
+                    measured(done)
                 record = records.setdefault(part.source, {"source": part.source})
                 if part.recall is not None:
                     record[f"recall/{part.recall}"] = float(counts[1] / counts[2])

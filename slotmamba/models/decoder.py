@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slotmamba.config.schema import ModelConfig
 from slotmamba.models.attention import Attention, KVCache
 from slotmamba.models.bdlru import BDLRU
-from slotmamba.models.injection import EncoderMemory
+from slotmamba.models.injection import EncoderMemory, EncoderOutput
 from slotmamba.models.layers import SwiGLU
 from slotmamba.models.slot_memory import SlotLayerState, SlotMemory
 from slotmamba_kernels import SlotState
@@ -19,20 +19,21 @@ from slotmamba_kernels import SlotState
 
 @dataclass
 class LayerState:
-    """What one layer carries from token to token: its recurrences, and the keys and values of attention."""
+    """What one layer carries from token to token: its recurrences, the keys and values of attention, and those of the
+    encoder's output, which stay."""
 
     lru: Tensor
     slots: SlotLayerState
     attention: KVCache | None
+    encoder: EncoderMemory | None
 
 
 @dataclass
 class DecoderState:
-    """State of step-by-step decoding: tokens seen so far, one state a layer, the encoder's output."""
+    """State of step-by-step decoding: tokens seen so far, one state a layer."""
 
     position: int
     layers: list[LayerState]
-    encoder: EncoderMemory | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -53,29 +54,27 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         *,
         segments: list[slice],
-        entering: SlotState,
         below: list[SlotState] | None,
         doc_start: Tensor | None,
         valid: Tensor | None,
-        encoder: EncoderMemory | None,
+        encoder: EncoderOutput | None,
     ) -> tuple[Tensor, list[SlotState], Tensor]:
-        """x [B, T, C] -> x [B, T, C], the slot memory at the end of each segment, the balance term."""
+        """x [B, T, C] -> x [B, T, C], the slot memory at the end of each segment but the last, the balance term."""
         if self.attention is not None and self.attention_norm is not None:
             x = x + self.attention(self.attention_norm(x), doc_start=doc_start, valid=valid)
         x = x + self.lru(self.lru_norm(x), doc_start=doc_start, valid=valid)[0]
         y, ends, balance = self.slots(
             self.slots_norm(x),
             segments=segments,
-            entering=entering,
             below=below,
             doc_start=doc_start,
             valid=valid,
-            encoder=encoder,
+            encoder=self._encoder_memory(encoder),
         )
         return self._mlp(x + y), ends, balance
 
-    def step(self, x: Tensor, state: LayerState, encoder: EncoderMemory | None) -> tuple[Tensor, LayerState]:
-        """One token: x [B, C] -> x [B, C] and the state after it."""
+    def step(self, x: Tensor, state: LayerState, *, consume: bool = False) -> tuple[Tensor, LayerState]:
+        """One token: x [B, C] -> x [B, C] and the state after it. consume: as in `SlotMemory.step`."""
         cache = state.attention
         if self.attention is not None and self.attention_norm is not None:
             assert cache is not None
@@ -83,8 +82,23 @@ class DecoderLayer(nn.Module):
             x = x + y
         y, lru = self.lru.step(self.lru_norm(x), state.lru)
         x = x + y
-        y, slots = self.slots.step(self.slots_norm(x), state.slots, encoder)
-        return self._mlp(x + y), LayerState(lru, slots, cache)
+        y, slots = self.slots.step(self.slots_norm(x), state.slots, state.encoder, consume=consume)
+        return self._mlp(x + y), LayerState(lru, slots, cache, state.encoder)
+
+    def init_state(self, batch: int, memory: SlotState, encoder: EncoderOutput | None) -> LayerState:
+        """The state before the first token, given the slot memory before it."""
+        return LayerState(
+            lru=self.lru.init_state(batch, memory.z.device),
+            slots=self.slots.init_state(memory),
+            attention=self.attention.init_cache(batch) if self.attention is not None else None,
+            encoder=self._encoder_memory(encoder),
+        )
+
+    def _encoder_memory(self, encoder: EncoderOutput | None) -> EncoderMemory | None:
+        if self.slots.injection is None:
+            return None
+        assert encoder is not None, "a model with injection has an encoder"
+        return self.slots.injection.project(encoder)
 
     def _mlp(self, x: Tensor) -> Tensor:
         if self.mlp is None or self.mlp_norm is None:
@@ -111,18 +125,16 @@ class Decoder(nn.Module):
         *,
         doc_start: Tensor | None = None,
         valid: Tensor | None = None,
-        encoder: EncoderMemory | None = None,
+        encoder: EncoderOutput | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, C] embeddings -> normed hidden states [B, T, C] and the balance term, a mean over layers."""
         segments = self._segments(x.shape[1])
-        entering = self._initial_slots(len(x), x.device)
         below: list[SlotState] | None = None
         balances = []
         for layer in self._decoder_layers():
             x, below, balance = layer(
                 x,
                 segments=segments,
-                entering=entering,
                 below=below,
                 doc_start=doc_start,
                 valid=valid,
@@ -131,30 +143,24 @@ class Decoder(nn.Module):
             balances.append(balance)
         return self.norm(x), torch.stack(balances).mean()
 
-    def step(self, x: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """One token for every row: x [B, C] -> normed hidden state [B, C] and the state after it."""
+    def step(self, x: Tensor, state: DecoderState, *, consume: bool = False) -> tuple[Tensor, DecoderState]:
+        """One token for every row: x [B, C] -> normed hidden state [B, C] and the state after it.
+
+        consume: `state`, which a step has returned, may be overwritten and is not to be used again.
+        """
         layers = state.layers
         if self.segmented and state.position and state.position % self.config.slots.segment_len == 0:
             layers = self._start_segment(layers)
         after = []
         for layer, layer_state in zip(self._decoder_layers(), layers, strict=True):
-            x, layer_state = layer.step(x, layer_state, state.encoder)
+            x, layer_state = layer.step(x, layer_state, consume=consume)
             after.append(layer_state)
-        return self.norm(x), DecoderState(state.position + 1, after, state.encoder)
+        return self.norm(x), DecoderState(state.position + 1, after)
 
-    def init_state(self, batch: int, encoder: EncoderMemory | None = None) -> DecoderState:
+    def init_state(self, batch: int, encoder: EncoderOutput | None = None) -> DecoderState:
         """The state before the first token."""
-        parameter = self.norm.weight
-        slots = self._initial_slots(batch, parameter.device)
-        layers = [
-            LayerState(
-                lru=layer.lru.init_state(batch, parameter.device),
-                slots=layer.slots.init_state(slots),
-                attention=layer.attention.init_cache(batch) if layer.attention is not None else None,
-            )
-            for layer in self._decoder_layers()
-        ]
-        return DecoderState(0, layers, encoder)
+        slots = self._initial_slots(batch, self.norm.weight.device)
+        return DecoderState(0, [layer.init_state(batch, slots, encoder) for layer in self._decoder_layers()])
 
     def _decoder_layers(self) -> Iterator[DecoderLayer]:
         for layer in self.layers:
@@ -168,7 +174,7 @@ class Decoder(nn.Module):
         for layer, state in zip(self._decoder_layers(), layers, strict=True):
             memory = layer.slots.hand_over(state.slots.memory, below)
             slots = SlotLayerState(memory, memory, state.slots.window)
-            started.append(LayerState(state.lru, slots, state.attention))
+            started.append(replace(state, slots=slots))
             below = state.slots.memory
         return started
 

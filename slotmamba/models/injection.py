@@ -16,11 +16,20 @@ START_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class EncoderMemory:
+class EncoderOutput:
     """Output of the encoder [B, S, C] and which of its positions are tokens [B, S]."""
 
     hidden: Tensor
     valid: Tensor
+
+
+@dataclass(frozen=True)
+class EncoderMemory:
+    """What the slots of one layer attend to: keys and values [B, H, S, d], and which of them count [B, 1, 1, S]."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor
 
 
 class SlotInjection(nn.Module):
@@ -47,17 +56,28 @@ class SlotInjection(nn.Module):
         for gate in (self.gate_k, self.gate_v):
             nn.init.constant_(gate.bias, math.log(START_SHARE / (1 - START_SHARE)))
 
+    def project(self, encoder: EncoderOutput) -> EncoderMemory:
+        """This layer's keys and values of the encoder's output: once a sequence, however many segments and steps."""
+        shape = (len(encoder.hidden), -1, 2, self.heads, self.dim)
+        keys, values = self.kv_proj(encoder.hidden).view(shape).permute(2, 0, 3, 1, 4)
+        # A row without any encoder token attends to its padding instead of dividing by zero.
+        mask = encoder.valid | ~encoder.valid.any(-1, keepdim=True)
+        return EncoderMemory(keys, values, mask[:, None, None])
+
     def forward(
         self,
         x: Tensor,
         write_idx: Tensor,
-        segment_start: SlotState,
+        segment_start: SlotState | None,
         doc_start: Tensor | None,
         encoder: EncoderMemory,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [B, T, C], write_idx [B, T, H, K] -> c_k, c_v [B, T, H, K, d] and lam_k, lam_v [B, T, H, K]."""
-        content_k = self._content(segment_start.S_k, segment_start.z, write_idx, doc_start)
-        content_v = self._content(segment_start.S_v, segment_start.z, write_idx, doc_start)
+        """x [B, T, C], write_idx [B, T, H, K], `project`'s memory -> c_k, c_v [B, T, H, K, d] and lam_k, lam_v
+        [B, T, H, K].
+
+        segment_start: the memory as the segment began, None for the initial one.
+        """
+        content_k, content_v = self._contents(segment_start, write_idx, doc_start)
         batch, length, heads, _ = write_idx.shape
         hidden = self.q_hidden(x).view(batch, length, heads, 1, self.dim)
         query = hidden + self.q_content(content_k) + self.q_slot(self._embed(write_idx))
@@ -66,16 +86,17 @@ class SlotInjection(nn.Module):
         lam_v = self.gate_v(torch.cat([content_v, attended], -1)).squeeze(-1).sigmoid()
         return self.c_k_proj(attended), self.c_v_proj(attended), lam_k, lam_v
 
-    def _content(self, memory: Tensor, z: Tensor, index: Tensor, doc_start: Tensor | None) -> Tensor:
-        """What the slots held when the segment began [B, T, H, K, d]; 0 for documents that began in the segment."""
-        batch, heads, slots, dim = memory.shape
-        streams = torch.arange(batch * heads, device=index.device).view(batch, 1, heads, 1)
-        rows = (streams * slots + index).flatten()
-        held = memory.reshape(-1, dim).index_select(0, rows) / z.reshape(-1).index_select(0, rows).unsqueeze(-1)
-        held = held.view(*index.shape, dim)
+    def _contents(self, memory: SlotState | None, index: Tensor, doc_start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the slots held when the segment began, keys and values [B, T, H, K, d]; 0 for documents that began in
+        the segment."""
+        if memory is None:
+            nothing = self.slot_embedding.new_zeros(*index.shape, self.dim)
+            return nothing, nothing
+        held_k, held_v = memory.contents(index)
         if doc_start is None:
-            return held
-        return torch.where((doc_start < 0).view(*doc_start.shape, 1, 1, 1), held, 0)
+            return held_k, held_v
+        entered = (doc_start < 0).view(*doc_start.shape, 1, 1, 1)
+        return held_k.where(entered, 0), held_v.where(entered, 0)
 
     def _embed(self, index: Tensor) -> Tensor:
         """Sum over the U digits of a slot's index of the digit's vector: [..., K] -> [..., K, d]."""
@@ -89,9 +110,6 @@ class SlotInjection(nn.Module):
     def _attend(self, query: Tensor, encoder: EncoderMemory) -> Tensor:
         """Cross-attention of queries [B, T, H, K, d] to the encoder's tokens."""
         batch, length, heads, active, dim = query.shape
-        keys, values = self.kv_proj(encoder.hidden).view(batch, -1, 2, heads, dim).permute(2, 0, 3, 1, 4)
-        # A row without any encoder token attends to its padding instead of dividing by zero.
-        mask = encoder.valid | ~encoder.valid.any(-1, keepdim=True)
-        query = query.permute(0, 2, 1, 3, 4).reshape(batch, heads, length * active, dim).to(keys.dtype)
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask.view(batch, 1, 1, -1))
+        query = query.permute(0, 2, 1, 3, 4).reshape(batch, heads, length * active, dim).to(encoder.keys.dtype)
+        attended = F.scaled_dot_product_attention(query, encoder.keys, encoder.values, attn_mask=encoder.mask)
         return attended.view(batch, heads, length, active, dim).permute(0, 2, 1, 3, 4)

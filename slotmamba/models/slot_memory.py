@@ -13,7 +13,7 @@ from slotmamba.config.schema import ModelConfig
 from slotmamba.models.injection import EncoderMemory, SlotInjection
 from slotmamba.models.short_conv import ShortConv
 from slotmamba.models.threading import SurpriseGate
-from slotmamba_kernels import SlotState, hksa, kronecker_topk
+from slotmamba_kernels import SlotState, hksa, hksa_step_, kronecker_topk
 
 
 @dataclass
@@ -36,7 +36,11 @@ class SlotInputs:
 
 @dataclass(frozen=True)
 class SlotLayerState:
-    """State of step-by-step decoding: the memory now and as its segment began; the write address's last logits."""
+    """State of step-by-step decoding: the memory now and as its segment began; the write address's last logits.
+
+    The memory has a row for every slot, however many there are: a step overwrites rows, it does not make new ones.
+    Only injection reads segment_start; without it, steps in place may have overwritten its tensors.
+    """
 
     memory: SlotState
     segment_start: SlotState
@@ -87,25 +91,24 @@ class SlotMemory(nn.Module):
         x: Tensor,
         *,
         segments: list[slice],
-        entering: SlotState,
         below: list[SlotState] | None,
         doc_start: Tensor | None = None,
         valid: Tensor | None = None,
         encoder: EncoderMemory | None = None,
     ) -> tuple[Tensor, list[SlotState], Tensor]:
-        """Runs the memory over the tokens, segment by segment.
+        """Runs the memory over the tokens, segment by segment, from an empty one.
 
         Args:
             x: [B, T, C].
             segments: consecutive stretches of the tokens; state is handed from layer to layer between two of them.
-            entering: memory before the first segment, any hand-over done.
-            below: the memory of the layer below at the end of each segment, None for the lowest or without threading.
+            below: `ends` of the layer below, None for the lowest layer.
             doc_start: [B, T] as in `slotmamba_kernels.hksa`.
             valid: [B, T], False for padding, which writes nothing.
             encoder: output of the encoder, for layers with injection.
 
         Returns:
-            y [B, T, C]; the memory at the end of each segment; the balance term, a scalar.
+            y [B, T, C]; the memory at the end of each segment but the last, after which nobody takes it over; the
+            balance term, a scalar.
         """
         write_logits = _float32(self.write_address, x)
         if self.write_conv is not None:
@@ -113,28 +116,44 @@ class SlotMemory(nn.Module):
         inputs, balance = self._inputs(x, write_logits, valid)
         outputs: list[Tensor] = []
         ends: list[SlotState] = []
-        state = entering
+        state: SlotState | None = None
         for number, span in enumerate(segments):
             if number > 0:
                 state = self.hand_over(ends[-1], below[number - 1] if below is not None else None)
-            o, state = self._segment(inputs.tokens(span), x[:, span], state, state, _shift(doc_start, span), encoder)
+            o, end = self._segment(
+                inputs.tokens(span), x[:, span], state, state, _shift(doc_start, span), encoder,
+                return_state=number + 1 < len(segments),
+            )  # fmt: skip
             outputs.append(o)
-            ends.append(state)
+            if end is not None:
+                ends.append(end)
         return self._output(torch.cat(outputs, 1), x), ends, balance
 
-    def step(self, x: Tensor, state: SlotLayerState, encoder: EncoderMemory | None) -> tuple[Tensor, SlotLayerState]:
-        """One token: x [B, C] -> y [B, C] and the state after it."""
+    def step(
+        self, x: Tensor, state: SlotLayerState, encoder: EncoderMemory | None, *, consume: bool = False
+    ) -> tuple[Tensor, SlotLayerState]:
+        """One token: x [B, C] -> y [B, C] and the state after it.
+
+        consume: the memory of `state` may be overwritten instead of copied, in a single kernel on GPUs; it is where
+        there is no injection and no gradient.
+        """
         write_logits, window = _float32(self.write_address, x), state.window
         if self.write_conv is not None:
             assert window is not None
             write_logits, window = self.write_conv.step(write_logits, window)
-        x = x.unsqueeze(1)
-        inputs, _ = self._inputs(x, write_logits.unsqueeze(1), None)
-        o, memory = self._segment(inputs, x, state.memory, state.segment_start, None, encoder)
+        x, write_logits = x.unsqueeze(1), write_logits.unsqueeze(1)
+        if consume and self.injection is None and not torch.is_grad_enabled():
+            memory = state.memory.map(Tensor.contiguous)
+            o = self._step_in_place(x, write_logits, memory)
+        else:
+            inputs, _ = self._inputs(x, write_logits, None)
+            o, after = self._segment(inputs, x, state.memory, state.segment_start, None, encoder, return_state=True)
+            assert after is not None
+            memory = after
         return self._output(o, x).squeeze(1), SlotLayerState(memory, state.segment_start, window)
 
     def init_state(self, memory: SlotState) -> SlotLayerState:
-        """State of `step` before the first token, given the memory before it."""
+        """State of `step` before the first token, given the memory before it, dense."""
         window = None if self.write_conv is None else self.write_conv.init_window(len(memory.z))
         return SlotLayerState(memory, memory, window)
 
@@ -148,51 +167,76 @@ class SlotMemory(nn.Module):
         self,
         inputs: SlotInputs,
         x: Tensor,
-        state: SlotState,
-        segment_start: SlotState,
+        state: SlotState | None,
+        segment_start: SlotState | None,
         doc_start: Tensor | None,
         encoder: EncoderMemory | None,
-    ) -> tuple[Tensor, SlotState]:
+        *,
+        return_state: bool,
+    ) -> tuple[Tensor, SlotState | None]:
         inject = None
         if self.injection is not None:
             assert encoder is not None
             inject = self.injection(x, inputs.write_idx, segment_start, doc_start, encoder)
-        surprise = None
-        if self.surprise_mix is not None and self.surprise_memory is not None:
-            surprise = (self.surprise_mix.sigmoid(), self.surprise_memory.sigmoid())
         return hksa(
             **vars(inputs),
             gamma=F.softplus(self.decay_power),
             num_slots=self.config.num_slots,
             state=state,
             doc_start=doc_start,
-            surprise=surprise,
+            surprise=self._surprise(),
             inject=inject,
+            return_state=return_state,
         )
+
+    def _step_in_place(self, x: Tensor, write_logits: Tensor, memory: SlotState) -> Tensor:
+        """One token, x [B, 1, C] and its logits [B, 1, H*U*p], written into the memory -> o [B, 1, H, d]."""
+        read_logits = _float32(self.read_address, x)
+        q, k, u_k, u_v, beta = (vector.squeeze(1) for vector in self._vectors(x))
+        o = hksa_step_(
+            q,
+            k,
+            u_k,
+            u_v,
+            beta,
+            write_logits=self._address_logits(write_logits, 0).squeeze(1),
+            read_logits=self._address_logits(read_logits, 1).squeeze(1),
+            gamma=F.softplus(self.decay_power),
+            state=memory,
+            top_k=self.config.top_k,
+            surprise=self._surprise(),
+        )
+        return o.unsqueeze(1)
+
+    def _surprise(self) -> tuple[Tensor, Tensor] | None:
+        """(a_s, eta) of hksa.md."""
+        if self.surprise_mix is None or self.surprise_memory is None:
+            return None
+        return self.surprise_mix.sigmoid(), self.surprise_memory.sigmoid()
 
     def _inputs(self, x: Tensor, write_logits: Tensor, valid: Tensor | None) -> tuple[SlotInputs, Tensor]:
         batch, length, _ = x.shape
-        per_head = (batch, length, self.heads, self.dim)
-        per_step = (batch, length, self.heads, self.config.householder_steps, self.dim)
         write_logits = self._address_logits(write_logits, 0)
         read_logits = self._address_logits(_float32(self.read_address, x), 1)
         write_idx, write_w = kronecker_topk(write_logits, self.config.top_k)
         read_idx, read_w = kronecker_topk(read_logits, self.config.top_k)
         if valid is not None:
             write_w = write_w * valid.view(batch, length, 1, 1)
-        inputs = SlotInputs(
-            q=F.rms_norm(self.q_proj(x).view(per_head), (self.dim,)),
-            k=F.normalize(self.k_proj(x).view(per_step), dim=-1),
-            u_k=F.rms_norm(self.u_k_proj(x).view(per_step), (self.dim,)),
-            u_v=self.u_v_proj(x).view(per_step),
-            beta=2 * self.beta_proj(x).view(per_step[:-1]).sigmoid(),
-            write_idx=write_idx,
-            write_w=write_w,
-            read_idx=read_idx,
-            read_w=read_w,
-        )
+        inputs = SlotInputs(*self._vectors(x), write_idx=write_idx, write_w=write_w, read_idx=read_idx, read_w=read_w)
         balance = self._imbalance(write_logits, valid) + self._imbalance(read_logits, valid)
         return inputs, balance
+
+    def _vectors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q [B, T, H, d], k, u_k, u_v [B, T, H, n, d] and beta [B, T, H, n] of the tokens x [B, T, C]."""
+        per_head = (*x.shape[:2], self.heads, self.dim)
+        per_step = (*x.shape[:2], self.heads, self.config.householder_steps, self.dim)
+        return (
+            F.rms_norm(self.q_proj(x).view(per_head), (self.dim,)),
+            F.normalize(self.k_proj(x).view(per_step), dim=-1),
+            F.rms_norm(self.u_k_proj(x).view(per_step), (self.dim,)),
+            self.u_v_proj(x).view(per_step),
+            2 * self.beta_proj(x).view(per_step[:-1]).sigmoid(),
+        )
 
     def _address_logits(self, logits: Tensor, which: int) -> Tensor:
         """Float32 [B, T, H*U*p] -> [B, T, H, U, p] with the write (0) or read (1) temperature applied."""

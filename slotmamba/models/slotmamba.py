@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slotmamba.config.schema import ModelConfig
 from slotmamba.models.decoder import Decoder, DecoderState
 from slotmamba.models.encoder import Encoder
-from slotmamba.models.injection import EncoderMemory
+from slotmamba.models.injection import EncoderOutput
+from slotmamba.models.layers import OutputMatrix
 from slotmamba.sampling import generate
 
 IGNORED = -100  # label of a position without loss
@@ -44,32 +44,35 @@ class _SlotMamba(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.decoder = Decoder(config)
-        self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.output = OutputMatrix(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight
         else:
             nn.init.normal_(self.output.weight, std=0.02)
 
-    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """One token for every row: tokens [B] -> logits [B, V] of the next token, and the state after it."""
-        hidden, state = self.decoder.step(self.embedding(tokens), state)
+    def step(self, tokens: Tensor, state: DecoderState, *, consume: bool = False) -> tuple[Tensor, DecoderState]:
+        """One token for every row: tokens [B] -> logits [B, V] of the next token, and the state after it.
+
+        `state` stays as it is, and decoding can go on from it again, unless `consume` gives it away: then the step may
+        overwrite the slot memories instead of copying them. Only a state that a step has returned can be given away,
+        since that of `init_state` is one memory for all layers.
+        """
+        hidden, state = self.decoder.step(self.embedding(tokens), state, consume=consume)
         return self.output(hidden), state
 
     def _hidden(
-        self, input_ids: Tensor, doc_start: Tensor | None, valid: Tensor | None, encoder: EncoderMemory | None
+        self, input_ids: Tensor, doc_start: Tensor | None, valid: Tensor | None, encoder: EncoderOutput | None
     ) -> tuple[Tensor, Tensor]:
         return self.decoder(self.embedding(input_ids), doc_start=doc_start, valid=valid, encoder=encoder)
 
     def _losses(self, hidden: Tensor, balance: Tensor, labels: Tensor) -> TokenLosses:
         """The output matrix runs on labelled positions only: in recall data they are a small part."""
         row, position = (labels != IGNORED).nonzero(as_tuple=True)
-        logits = self.output(hidden[row, position]).float()
-        targets = labels[row, position].long()
-        log_partition = logits.logsumexp(-1)
+        nll, log_partition, correct = self.output(hidden[row, position], labels[row, position])
         return TokenLosses(
-            nll=F.cross_entropy(logits, targets, reduction="none"),
+            nll=nll,
             z=log_partition.square(),
-            correct=logits.argmax(-1) == targets,
+            correct=correct,
             row=row,
             position=position,
             balance=balance,
@@ -124,11 +127,11 @@ class SlotMambaForSeq2Seq(_SlotMamba):
         super().__init__(config)
         self.encoder = Encoder(config)
 
-    def encode(self, encoder_ids: Tensor, encoder_valid: Tensor | None = None) -> EncoderMemory:
+    def encode(self, encoder_ids: Tensor, encoder_valid: Tensor | None = None) -> EncoderOutput:
         """encoder_ids [B, S] (embedded with the decoder's embedding) and which of them are tokens [B, S]."""
         if encoder_valid is None:
             encoder_valid = torch.ones_like(encoder_ids, dtype=torch.bool)
-        return EncoderMemory(self.encoder(self.embedding(encoder_ids), encoder_valid), encoder_valid)
+        return EncoderOutput(self.encoder(self.embedding(encoder_ids), encoder_valid), encoder_valid)
 
     def forward(
         self,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from slotmamba_kernels import SlotState
+from slotmamba_kernels import SlotState, thread_slots
 
-SURPRISE_FLOOR = 1e-6
 OWN_SHARE = 0.9
 
 
@@ -26,13 +25,4 @@ class SurpriseGate(nn.Module):
 
     def forward(self, own: SlotState, below: SlotState) -> SlotState:
         """Memories of the document alive at the end of a segment -> the memory that the next segment starts from."""
-        log_surprise = (own.surprise + SURPRISE_FLOOR).log()
-        gate = (self.bias.view(1, -1, 1) + self.slope.view(1, -1, 1) * log_surprise).sigmoid()
-
-        def mix(mine: Tensor, other: Tensor) -> Tensor:
-            g = gate.unsqueeze(-1) if mine.ndim == 4 else gate
-            return torch.lerp(other, mine, g)
-
-        return SlotState(
-            mix(own.S_k, below.S_k), mix(own.S_v, below.S_v), mix(own.z, below.z), mix(own.surprise, below.surprise)
-        )
+        return thread_slots(own, below, self.bias, self.slope)

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 import slotmamba
-from slotmamba.checkpoint import CheckpointStore, DamagedCheckpointError, find_checkpoint, recipe_path
+from slotmamba.checkpoint import CheckpointStore, DamagedCheckpointError, find_checkpoint, open_checkpoint, recipe_path
+from slotmamba.checkpoint.manifest import read_manifest, write_manifest
 from slotmamba.config.schema import ModelConfig, OptimConfig
+from slotmamba.errors import InputError, SlotMambaError
 from slotmamba.models import build_model
 from slotmamba.optim import build_optimizer
 
@@ -70,6 +72,35 @@ def test_a_damaged_checkpoint(tmp_path: Path, name: str) -> None:
     data[len(data) // 3] ^= 16
     path.write_bytes(data)
     with pytest.raises(DamagedCheckpointError, match=name):
+        slotmamba.load(path.parent)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "manifest.json"])
+def test_a_run_with_a_damaged_newest_checkpoint(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As training resumes: from the one before, with a line that says why."""
+    save_run(tmp_path, DECODER)
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "step-00000002" / name).unlink()
+    expected = slotmamba.load(checkpoints / "step-00000001").state_dict()
+    for path in (tmp_path, checkpoints):
+        caplog.clear()
+        model, folder = open_checkpoint(path)
+        assert folder == checkpoints / "step-00000001"
+        assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+        (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert line.startswith(f"checkpoint of step 2 is skipped: {checkpoints / 'step-00000002' / name}")
+    (checkpoints / "step-00000001" / name).unlink()
+    with pytest.raises(SlotMambaError, match=f"none of the 2 checkpoints in {checkpoints} can be loaded"):
+        slotmamba.load(tmp_path)
+
+
+def test_a_checkpoint_of_another_version(tmp_path: Path) -> None:
+    save_run(tmp_path, DECODER, steps=1)
+    checkpoint = tmp_path / "checkpoints" / "step-00000001"
+    manifest = read_manifest(checkpoint)
+    manifest.model["slots"]["shape"] = "round"
+    write_manifest(checkpoint, manifest)
+    with pytest.raises(InputError, match=r"step-00000001: this version has no such model: model\.slots\.shape: "):
         slotmamba.load(tmp_path)
 
 

@@ -12,7 +12,7 @@ import pytest
 import webdataset
 
 from slotmamba_data import MQARSetting, MQARSpec, ShardFolder, ShardWriter, build_mqar, generate_mqar, verify
-from slotmamba_data.files import BLOCK_BYTES
+from slotmamba_data.blocks import BLOCK_BYTES
 
 LENGTHS = [1, 2, 500, 3000, 7, 9000, 40, 41, 42, 20_000]
 

@@ -18,6 +18,7 @@ from slotmamba.batch import plan_source
 from slotmamba.config import Recipe, load_recipe
 from slotmamba.evaluate import run
 from slotmamba.evaluate.perplexity import evaluate, unigram_entropy
+from slotmamba.evaluate.pulse import Pulse
 from slotmamba.models import build_model
 from slotmamba_data import MQARSetting, MQARSpec, ShardFolder, ShardWriter, Source, Tokenizer
 
@@ -56,7 +57,7 @@ def test_perplexity_of_every_document(text_run: Path) -> None:
     length = int(folder.counts.sum())
     data = recipe.data.model_copy(update={"seq_len": length})
     model = slotmamba.load(text_run)
-    (found,) = evaluate(model, recipe.model_copy(update={"data": data}), torch.device("cpu")).sources
+    (found,) = evaluate(model, recipe.model_copy(update={"data": data}), torch.device("cpu"), Pulse()).sources
 
     nats, labels, text = 0.0, Counter[int](), b""
     tokenizer = Tokenizer(str(recipe.data.tokenizer))
@@ -98,7 +99,7 @@ def variant(text_run: Path, changes: dict[str, Any]) -> Recipe:
 
 def test_without_tokenizer_there_are_no_bytes(text_run: Path) -> None:
     recipe = variant(text_run, {"data": {"tokenizer": None}})
-    report = evaluate(slotmamba.load(text_run), recipe, torch.device("cpu"))
+    report = evaluate(slotmamba.load(text_run), recipe, torch.device("cpu"), Pulse())
     assert report.sources[0].bytes is None and report.sources[0].bits_per_byte is None
     assert "bits/byte needs data.tokenizer" in report.text()
 
@@ -114,7 +115,7 @@ def test_without_tokenizer_there_are_no_bytes(text_run: Path) -> None:
 def test_runs_that_do_not_fit(text_run: Path, changes: dict[str, Any], message: str) -> None:
     recipe = variant(text_run, changes)
     with pytest.raises(ValueError, match=message):
-        evaluate(build_model(recipe.model), recipe, torch.device("cpu"))
+        evaluate(build_model(recipe.model), recipe, torch.device("cpu"), Pulse())
 
 
 def test_an_unknown_suite(text_run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from slotmamba.config import Recipe
+from slotmamba.device import choose_device
 from slotmamba.evaluate import recall, run
+from slotmamba.evaluate.pulse import Pulse
 from slotmamba.models import build_model
 from slotmamba.models.slotmamba import IGNORED, TokenLosses
 from slotmamba.train import train
@@ -54,7 +57,7 @@ class Knows(torch.nn.Module):
 
 
 def test_gaps_belong_to_their_queries(tmp_path: Path) -> None:
-    report = recall.evaluate(Knows(reach=16), recipe_of(tmp_path), CPU, samples=40)
+    report = recall.evaluate(Knows(reach=16), recipe_of(tmp_path), CPU, Pulse(), samples=40)
     assert [(each.length, each.pairs) for each in report.settings] == [(64, 4), (64, 8), (64, 16)]
     for setting in report.settings:
         assert sum(gap.answers for gap in setting.gaps) == 40 * setting.pairs
@@ -72,7 +75,7 @@ def test_recall_is_the_share_of_queries_whose_likeliest_token_is_the_value(tmp_p
     torch.manual_seed(0)
     model = build_model(recipe.model).eval()
     torch.nn.init.normal_(model.output.weight)
-    report = recall.evaluate(model, recipe, CPU, samples=50)
+    report = recall.evaluate(model, recipe, CPU, Pulse(), samples=50)
     spec = MQARSpec((MQARSetting(64, 16),), vocab_size=64)
     samples = generate_mqar(spec, spec.settings[0], np.arange(50), seed=0, stream="evaluation")
     with torch.no_grad():
@@ -86,7 +89,7 @@ def test_recall_is_the_share_of_queries_whose_likeliest_token_is_the_value(tmp_p
 
 def test_an_encoder_decoder(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, {"form": "seq2seq"}, encoder_layers=1, decoder_inject_layers=[0])
-    report = recall.evaluate(build_model(recipe.model).eval(), recipe, CPU, samples=4)
+    report = recall.evaluate(build_model(recipe.model).eval(), recipe, CPU, Pulse(), samples=4)
     assert report.spec.form == "seq2seq"
     assert [sum(gap.answers for gap in setting.gaps) for setting in report.settings] == [16, 32, 64]
 
@@ -100,7 +103,7 @@ def test_stored_samples_say_what_they_are(tmp_path: Path) -> None:
     content["data"]["sources"] = [stored]
     content["model"]["vocab_size"] = 80
     recipe = Recipe.model_validate(content)
-    report = recall.evaluate(build_model(recipe.model).eval(), recipe, CPU, samples=2)
+    report = recall.evaluate(build_model(recipe.model).eval(), recipe, CPU, Pulse(), samples=2)
     assert (report.spec.vocab_size, report.spec.fillers) == (80, "any")
     assert [(each.length, each.pairs) for each in report.settings] == [(64, 4), (64, 8), (64, 16), (128, 32)]
 
@@ -113,7 +116,17 @@ def test_a_run_without_recall_data_needs_the_published_vocabulary(text_run: Path
 def test_too_few_keys_for_any_setting(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, {"vocab_size": 36, "settings": [{"length": 8, "pairs": 2}]})
     with pytest.raises(ValueError, match="have 2 keys, fewer than any"):
-        recall.evaluate(build_model(recipe.model), recipe, CPU)
+        recall.evaluate(build_model(recipe.model), recipe, CPU, Pulse())
+
+
+def test_it_says_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each setting, and one in between whenever the last is ten seconds old; here time passes by calls."""
+    seconds = itertools.count(step=4.0)
+    recipe = recipe_of(tmp_path)
+    recall.evaluate(Knows(reach=1000), recipe, CPU, Pulse(clock=lambda: next(seconds)), samples=200)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "recall" in line] == [f"64 tokens, {n} pairs: recall 1.000" for n in (4, 8, 16)]
+    assert "64 tokens, 4 pairs: 128 of 200 samples" in lines
 
 
 @pytest.mark.slow
@@ -123,6 +136,9 @@ def test_the_suite_on_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     capsys.readouterr()
     assert run(tmp_path / "run", "recall") == 0
     printed = capsys.readouterr().out
+    assert printed.startswith(
+        f"recall, step-00000002: recall on {choose_device('auto', 'device')}\n64 tokens, 4 pairs: recall "
+    )
     assert "64 tokens, 16 pairs *" in printed and "the published one" in printed
     results = json.loads((tmp_path / "run" / "evaluation" / "recall.json").read_text())
     assert results["checkpoint"] == "step-00000002" and results["samples_per_setting"] == 1000

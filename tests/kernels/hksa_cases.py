@@ -63,7 +63,9 @@ class Case:
                 tensors["state" if names is STATE else "surprise" if names is SURPRISE else "inject"] = group
         if "state" in tensors:
             tensors["state"] = SlotState(*tensors["state"])
-        return hksa(**tensors, num_slots=self.num_slots, doc_start=self.doc_start, backend=backend, **options)
+        o, state = hksa(**tensors, num_slots=self.num_slots, doc_start=self.doc_start, backend=backend, **options)
+        assert state is not None
+        return o, state
 
     def outputs(self, backend: str = "torch") -> dict[str, Tensor]:
         o, state = self.call(backend)

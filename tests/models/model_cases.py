@@ -95,10 +95,10 @@ class HKSACalls:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.inputs: list[dict[str, Any]] = []
         self.outputs: list[Tensor] = []
-        self.leaving: list[SlotState] = []
+        self.leaving: list[SlotState | None] = []
         monkeypatch.setattr("slotmamba.models.slot_memory.hksa", self)
 
-    def __call__(self, **inputs: Any) -> tuple[Tensor, SlotState]:
+    def __call__(self, **inputs: Any) -> tuple[Tensor, SlotState | None]:
         o, leaving = hksa(**inputs)
         self.inputs.append(inputs)
         self.outputs.append(o)

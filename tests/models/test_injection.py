@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slotmamba.models.injection import EncoderMemory, SlotInjection
+from slotmamba.models.injection import EncoderOutput, SlotInjection
 from slotmamba_kernels import SlotState
 from tests.models.model_cases import document_starts, seq2seq_config
 from tests.seeds import seed_afresh
@@ -18,7 +18,7 @@ def injection(**changes: object) -> SlotInjection:
     return SlotInjection(seq2seq_config(**changes))
 
 
-def random_inputs(encoder_length: int = 7) -> tuple[Tensor, Tensor, SlotState, EncoderMemory]:
+def random_inputs(encoder_length: int = 7) -> tuple[Tensor, Tensor, SlotState, EncoderOutput]:
     """Hidden states, active slots, the memory at the start of the segment, the encoder's output."""
     write_idx = torch.rand(BATCH, LENGTH, HEADS, SLOTS).topk(ACTIVE, -1).indices.to(torch.int32)
     memory = SlotState(
@@ -28,7 +28,7 @@ def random_inputs(encoder_length: int = 7) -> tuple[Tensor, Tensor, SlotState, E
         torch.zeros(BATCH, HEADS, SLOTS),
     )
     valid = torch.arange(encoder_length) < torch.tensor([[encoder_length], [encoder_length - 3]])
-    encoder = EncoderMemory(torch.randn(BATCH, encoder_length, WIDTH), valid)
+    encoder = EncoderOutput(torch.randn(BATCH, encoder_length, WIDTH), valid)
     return torch.randn(BATCH, LENGTH, WIDTH), write_idx, memory, encoder
 
 
@@ -40,7 +40,7 @@ def test_equals_attention_written_out(packed: bool) -> None:
     layer = injection()
     x, write_idx, memory, encoder = random_inputs()
     doc_start = document_starts([[-2, 3], [0, 5]], LENGTH) if packed else None
-    got = layer(x, write_idx, memory, doc_start, encoder)
+    got = layer(x, write_idx, memory, doc_start, layer.project(encoder))
     keys, values = encoder.hidden @ layer.kv_proj.weight[:WIDTH].T, encoder.hidden @ layer.kv_proj.weight[WIDTH:].T
     for b in range(BATCH):
         there = [position for position in range(7) if encoder.valid[b, position]]
@@ -72,7 +72,8 @@ def test_gates_start_near_a_tenth() -> None:
     torch.manual_seed(0)
     x, write_idx, _, encoder = random_inputs()
     empty = SlotState.initial(BATCH, HEADS, SLOTS, DIM)
-    _, _, lam_k, lam_v = injection()(x, write_idx, empty, None, encoder)
+    layer = injection()
+    _, _, lam_k, lam_v = layer(x, write_idx, empty, None, layer.project(encoder))
     for lam in (lam_k, lam_v):
         assert lam.shape == (BATCH, LENGTH, HEADS, ACTIVE)
         assert 0.07 < lam.mean() < 0.14 and lam.min() > 0.03 and lam.max() < 0.3
@@ -85,8 +86,8 @@ def test_what_the_encoder_pads_with_does_not_matter() -> None:
     x, write_idx, memory, encoder = random_inputs()
     other = torch.where(encoder.valid.unsqueeze(-1), encoder.hidden, torch.randn_like(encoder.hidden))
     for got, want in zip(
-        layer(x, write_idx, memory, None, EncoderMemory(other, encoder.valid)),
-        layer(x, write_idx, memory, None, encoder),
+        layer(x, write_idx, memory, None, layer.project(EncoderOutput(other, encoder.valid))),
+        layer(x, write_idx, memory, None, layer.project(encoder)),
         strict=True,
     ):
         assert torch.equal(got, want)
@@ -95,9 +96,10 @@ def test_what_the_encoder_pads_with_does_not_matter() -> None:
 @torch.no_grad()
 def test_a_row_without_encoder_tokens_is_finite() -> None:
     seed_afresh()
+    layer = injection()
     x, write_idx, memory, encoder = random_inputs()
-    nothing = EncoderMemory(encoder.hidden, torch.zeros_like(encoder.valid))
-    assert all(y.isfinite().all() for y in injection()(x, write_idx, memory, None, nothing))
+    nothing = layer.project(EncoderOutput(encoder.hidden, torch.zeros_like(encoder.valid)))
+    assert all(y.isfinite().all() for y in layer(x, write_idx, memory, None, nothing))
 
 
 @torch.no_grad()
@@ -117,7 +119,7 @@ def test_gradient_reaches_every_parameter_and_input() -> None:
     inputs = [x, memory.S_k, memory.S_v, memory.z, encoder.hidden]
     for leaf in inputs:
         leaf.requires_grad_()
-    outputs = layer(x, write_idx, memory, None, encoder)
+    outputs = layer(x, write_idx, memory, None, layer.project(encoder))
     loss = torch.stack([(y * torch.randn_like(y)).sum() for y in outputs]).sum()
     gradients = torch.autograd.grad(loss, [*inputs, *layer.parameters()])
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)

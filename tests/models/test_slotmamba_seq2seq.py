@@ -64,6 +64,24 @@ def test_gates_start_near_a_tenth_and_everything_injected_has_gradients(monkeypa
             assert parameter.grad is not None and parameter.grad.any(), name
 
 
+@torch.no_grad()
+def test_the_encoders_keys_and_values_are_projected_once() -> None:
+    """Not once a segment (there are four), nor once a step."""
+    model = seq2seq(decoder_inject_layers=[0, 2])
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        if name.endswith(".injection.kv_proj"):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    input_ids, encoder_ids = tokens(2, LENGTH), tokens(2, 9)
+    once = [f"decoder.layers.{layer}.slots.injection.kv_proj" for layer in (0, 2)]
+    model(input_ids, encoder_ids)
+    assert calls == once
+    state = model.init_state(2, encoder_ids)
+    for column in input_ids.unbind(1):
+        _, state = model.step(column, state)
+    assert calls == 2 * once
+
+
 def test_injection_is_where_the_config_says() -> None:
     layers = seq2seq(decoder_inject_layers=[0, 2]).decoder.layers
     assert [layer.slots.injection is not None for layer in layers] == [True, False, True]

@@ -64,12 +64,12 @@ def remove_index(folder: Path) -> str:
 
 def remove_shards(folder: Path) -> str:
     shutil.rmtree(folder / "data" / "train")
-    return f"source 'text': {folder}/data/train does not exist: build it with"
+    return f"data.sources.1.shards: {folder}/data/train does not exist: build it with"
 
 
 def remove_tokenizer(folder: Path) -> str:
     shutil.rmtree(folder / "data" / "tokenizer")
-    return f"there is no tokenizer {folder}/data/tokenizer: make one with"
+    return f"data.tokenizer: there is no tokenizer {folder}/data/tokenizer: make one with"
 
 
 @pytest.mark.parametrize("spoil", [truncate, damage, remove_index, remove_shards, remove_tokenizer])
@@ -184,9 +184,8 @@ def test_full_disk(runs: Runs, disk: Path, tmp_path: Path, capsys: pytest.Captur
     with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space left"):
         while True:
             filler.write(bytes(4096))
-    assert fails(capsys, runs.command(run_dir, *EVERY_STEP), 1) == (
-        f"cannot write {run_dir}/recipe.yaml: No space left on device"
-    )
+    error = fails(capsys, runs.command(run_dir, *EVERY_STEP), 1)
+    assert error == f"{run_dir}/recipe.yaml: No space left on device"
     assert committed(run_dir) == [1, 2]
 
     remount(disk, "size=8m")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from slotmamba_kernels.backends import choose_backend
-from slotmamba_kernels.dtypes import state_dtype
 from slotmamba_kernels.hksa.arguments import Inject, Surprise, check_arguments
+from slotmamba_kernels.hksa.decode import hksa_step_
+from slotmamba_kernels.hksa.eager import Run, run_eager
 from slotmamba_kernels.hksa.reference import hksa_reference
 from slotmamba_kernels.hksa.state import SlotState
 from slotmamba_kernels.hksa.vectorized import hksa_torch
 
-__all__ = ["SlotState", "hksa"]
+__all__ = ["SlotState", "hksa", "hksa_step_"]
 
-BACKENDS = {"reference": hksa_reference, "torch": hksa_torch}
+BACKENDS: dict[str, Run] = {"reference": hksa_reference, "torch": hksa_torch}
 
 
 def hksa(
@@ -36,7 +36,8 @@ def hksa(
     inject: Inject | None = None,
     backend: str = "auto",
     recompute: bool = False,
-) -> tuple[Tensor, SlotState]:
+    return_state: bool = True,
+) -> tuple[Tensor, SlotState | None]:
     """Writes each token into its active slots and reads from them, in time order.
 
     The state and everything computed is float32, or float64 when q is. Gradients reach every floating-point input and
@@ -52,18 +53,25 @@ def hksa(
         read_idx, read_w: [B, T, H, K'] the same for the read.
         gamma: [H] power of the decay, >= 0.
         num_slots: slots of a head, M.
-        state: entering memory; None is `SlotState.initial`.
+        state: entering memory; None is `SlotState.initial` without its M rows. With many slots (DENSE_SLOTS in
+            triton_op.py), backend "triton" answers None with a sparse memory; a dense one is followed by a dense one.
         doc_start: [B, T] integers, index counted from the call's first token of the first token of t's document;
             negative when it began before the call. None: one document, that of the entering state.
         surprise: (a_s [H], eta [H]) in (0, 1); None leaves the surprise of the state as it is.
         inject: (c_k, c_v [B, T, H, K, d], lam_k, lam_v [B, T, H, K]) of the encoder injection, or None.
-        backend: "reference" (token by token), "torch" (vectorised over slots) or "auto", which is "torch".
+        backend: "reference" (token by token), "torch" (vectorised over slots), "triton" (GPU kernels, for inputs in
+            float32, bfloat16 or float16), or "auto": "triton" on GPUs that it has been checked on, else "torch".
+        recompute: keep only the inputs and the memory at the boundaries of stretches of tokens for the backward pass;
+            everything between is computed again there. Same values, less memory, one more forward pass.
+        return_state: False for a caller that has no use for the leaving memory, which is then not made, nor is the
+            surprise computed (a_s and eta get no gradient).
 
     Returns:
-        o [B, T, H, d] in q's dtype, and the memory after the last token, of the document alive there.
+        o [B, T, H, d] in q's dtype, and the memory after the last token, of the document alive there, or None.
 
     Raises:
-        ValueError: an unknown backend, shapes that do not fit, or (looked for on a CPU) slots that do not exist.
+        ValueError: an unknown backend or one that cannot run here, shapes that do not fit, or (looked for on a CPU)
+            slots that do not exist.
     """
     chosen = choose_backend("hksa", backend, q, (*BACKENDS, "triton"))
     named = {
@@ -71,30 +79,17 @@ def hksa(
         "read_idx": read_idx, "read_w": read_w, "gamma": gamma,
     }  # fmt: skip
     check_arguments(named, num_slots, state, doc_start, surprise, inject)
+    if not return_state:
+        surprise = None  # what a token reads does not depend on it
     if chosen == "triton":
         from slotmamba_kernels.hksa.triton_op import hksa_triton
 
         return hksa_triton(
             **named, num_slots=num_slots, state=state, doc_start=doc_start, surprise=surprise, inject=inject,
-            recompute=recompute,
+            recompute=recompute, return_state=return_state,
         )  # fmt: skip
-    dtype = state_dtype(q)
-    if state is None:
-        batch, _, heads, dim = q.shape
-        state = SlotState.initial(batch, heads, num_slots, dim, device=q.device, dtype=dtype)
-    run = BACKENDS[chosen]
-    # The forward passes of autograd functions are seen by autocast, and their products would be computed in bfloat16.
-    with torch.autocast(q.device.type, enabled=False):
-        o, state = run(
-            *(x.to(dtype) if x.is_floating_point() else x for x in named.values()),
-            state=state.map(lambda x: x.to(dtype)),
-            doc_start=doc_start,
-            surprise=None if surprise is None else (surprise[0].to(dtype), surprise[1].to(dtype)),
-            inject=None if inject is None else _to(inject, dtype),
-        )
-    return o.to(q.dtype), state
-
-
-def _to(inject: Inject, dtype: torch.dtype) -> Inject:
-    c_k, c_v, lam_k, lam_v = (x.to(dtype) for x in inject)
-    return c_k, c_v, lam_k, lam_v
+    o, leaving = run_eager(
+        BACKENDS[chosen], named, num_slots=num_slots, state=state, doc_start=doc_start, surprise=surprise,
+        inject=inject, recompute=recompute,
+    )  # fmt: skip
+    return o, leaving if return_state else None

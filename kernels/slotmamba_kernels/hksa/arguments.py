@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slotmamba_kernels.hksa.state import SlotState
+from slotmamba_kernels.hksa.state import SlotState, SparseSlotState
 
 Surprise = tuple[Tensor, Tensor]
 """(a_s [H], eta [H]), both in (0, 1)."""
@@ -36,6 +36,38 @@ def _require_slots(name: str, index: Tensor, num_slots: int) -> None:
         )
 
 
+def _require_state(state: SlotState, shape: tuple[int, int, int, int]) -> None:
+    """shape: B, H, M, d."""
+    batch, heads, rows, dim = shape
+    if isinstance(state, SparseSlotState):
+        _require_list(state, shape)
+        rows = state.slots.shape[-1]
+    _require("state.S_k", state.S_k, (batch, heads, rows, dim))
+    _require("state.S_v", state.S_v, (batch, heads, rows, dim))
+    _require("state.z", state.z, (batch, heads, rows))
+    _require("state.surprise", state.surprise, (batch, heads, rows))
+
+
+def _require_list(state: SparseSlotState, shape: tuple[int, int, int, int]) -> None:
+    batch, heads, num_slots, _ = shape
+    slots = state.slots
+    if state.slots_in_all != num_slots:
+        raise ValueError(f"hksa: state is of {state.slots_in_all} slots a head, expected num_slots={num_slots}")
+    if slots.ndim != 3 or tuple(slots.shape[:2]) != (batch, heads) or not slots.shape[2] or slots.dtype != torch.int32:
+        raise ValueError(
+            f"hksa: state.slots has shape {tuple(slots.shape)} and dtype {slots.dtype}, expected int32 "
+            f"({batch}, {heads}, R), R at least 1"
+        )
+    if slots.device.type == "cpu":
+        low, high = int(slots.min()), int(slots.max())
+        filled = slots[..., 1:] == num_slots
+        if not (0 <= low <= high <= num_slots and bool((filled | (slots[..., 1:] > slots[..., :-1])).all())):
+            raise ValueError(
+                "hksa: state.slots is not a list of distinct slots in ascending order, filled up with "
+                f"num_slots={num_slots}: it goes from {low} to {high}"
+            )
+
+
 def check_arguments(
     named: dict[str, Tensor],
     num_slots: int,
@@ -62,10 +94,7 @@ def check_arguments(
         _require(name, named[name], (batch, length, heads, count))
     _require("gamma", named["gamma"], (heads,))
     if state is not None:
-        _require("state.S_k", state.S_k, (batch, heads, num_slots, dim))
-        _require("state.S_v", state.S_v, (batch, heads, num_slots, dim))
-        _require("state.z", state.z, (batch, heads, num_slots))
-        _require("state.surprise", state.surprise, (batch, heads, num_slots))
+        _require_state(state, (batch, heads, num_slots, dim))
     if doc_start is not None:
         _require("doc_start", doc_start, (batch, length))
         _require_integers("doc_start", doc_start)

@@ -14,8 +14,10 @@ import triton.language as tl
 from slotmamba_kernels.hksa.forward_kernels import (
     MIN_READ_WEIGHT,
     load_contents,
-    load_steps,
+    load_vectors,
     log1p_minus,
+    store_vectors,
+    take,
 )
 
 
@@ -37,7 +39,7 @@ def read_backward(
     i = tl.arange(0, BK)
     pointer = tl.load(source + ((b * L + t) * H + h) * K + i, mask=i < K, other=-1)
     held_k, held_v, z = load_contents(
-        contents, z_after, in_k, in_v, in_z, pointer, s, events, R_in, empty_z, d, i < K, D, ENTERING
+        contents, z_after, in_k, in_v, in_z, pointer, s, events, R_in, empty_z, d, i < K, D, BD, ENTERING
     )
     query = tl.load(q + row * D + d, mask=d < D, other=0.0).to(tl.float32)
     grad = tl.load(d_o + row * D + d, mask=d < D, other=0.0).to(tl.float32)
@@ -61,26 +63,67 @@ def read_backward(
 
 
 @triton.jit
+def load_reads(
+    q, d_o, key_share, value_share, d_z_read, read, seen, d,
+    H: tl.constexpr, KR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Of reads [C, READS]: q and the gradient of the output [C, READS, BD], and the three numbers of read_backward."""
+    at = ((read // KR) * (H * D))[:, :, None] + d[None, None, :]
+    mask = seen[:, :, None] if D == BD else seen[:, :, None] & (d[None, None, :] < D)
+    return (
+        tl.load(q + at, mask=mask, other=0.0),
+        tl.load(d_o + at, mask=mask, other=0.0),
+        tl.load(key_share + read, mask=seen, other=0.0),
+        tl.load(value_share + read, mask=seen, other=0.0),
+        tl.load(d_z_read + read, mask=seen, other=0.0),
+    )
+
+
+@triton.jit
+def load_back(
+    q, d_o, k, beta, w, order, read_order, read_range, key_share, value_share, d_z_read, p, live, d,
+    H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, KR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    READS: tl.constexpr,
+):  # fmt: skip
+    """What going back through the writes at positions p needs, a flat tuple: their weight, beta_j and k_j of each step,
+    then `load_reads` of the first READS reads of the state after each."""
+    event = tl.load(order + p, mask=live, other=0)
+    token = event // K
+    write = (tl.load(w + token * (H * K) + event % K, mask=live, other=0.0).to(tl.float32),)
+    for j in tl.static_range(NS):
+        write = write + (
+            tl.load(beta + token * (H * NS) + j, mask=live, other=0.0).to(tl.float32),
+            load_vectors(k, token * (H * NS * D) + j * D, d, live, D, BD),
+        )
+    first = tl.load(read_range + p * 2, mask=live, other=0)
+    last = tl.load(read_range + p * 2 + 1, mask=live, other=0)
+    which = first[:, None] + tl.arange(0, READS)[None, :]
+    seen = which < last[:, None]
+    read = tl.load(read_order + which, mask=seen, other=0)
+    return write + load_reads(q, d_o, key_share, value_share, d_z_read, read, seen, d, H, KR, D, BD)
+
+
+@triton.jit
 def chain_backward(
     q, d_o, k, beta, w, gamma, eta,
     order, previous, leaving, bucket, read_order, read_range,
     key_share, value_share, d_z_read,
     c_k, c_v, lam_k, lam_v,
     d_out_k, d_out_v, d_out_z, d_out_surprise,
-    adjoint, adjoint_z, adjoint_surprise,
+    adjoint, adjoint_z, pulls, adjoint_surprise,
     d_in_k, d_in_v, d_in_z, d_in_surprise,
     start, T, L, R_in, R_out, buckets,
     H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, KR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     C: tl.constexpr, READS: tl.constexpr,
-    ENTERING: tl.constexpr, LEAVING: tl.constexpr, SURPRISE: tl.constexpr, INJECT: tl.constexpr,
+    ENTERING: tl.constexpr, LEAVING: tl.constexpr, SURPRISE: tl.constexpr, INJECT: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Walks the writes of C buckets backwards. adjoint [S, L*K, 2, D], adjoint_z, adjoint_surprise [S, L*K]: of the
-    state after each write; d_in_*: of the entering memory's rows that a chain starts from."""
+    state after each write; pulls [S, L*K, n, 2]: k_j . adjoint after each step, of key and value memory; d_in_*: of the
+    entering memory's rows that a chain starts from. Reads are added up READS at a time; DEPTH as in chain_forward."""
     s = tl.program_id(1).to(tl.int64)
     b = s // H
     h = s % H
     d = tl.arange(0, BD)
-    in_d = d[None, :] < D
     nb = tl.program_id(0) * C + tl.arange(0, C)
     first = tl.load(bucket + s * (buckets + 1) + nb, mask=nb < buckets, other=0)
     last = tl.load(bucket + s * (buckets + 1) + nb + 1, mask=nb < buckets, other=0)
@@ -91,29 +134,57 @@ def chain_backward(
     gs = tl.zeros([C], tl.float32)
     continued = first > last  # whether the write after this one goes on from its state: none has been seen yet
 
+    row0 = (b * T + start) * H + h
+    k += row0 * (NS * D)
+    q += row0 * D
+    d_o += row0 * D
+    beta += row0 * NS
+    w += row0 * K
     writes = s * L * K
     reads = s * L * KR
-    token0 = b * T + start
-    live = first < last
-    event = tl.load(order + writes + last - 1, mask=live, other=0)
-    row = (token0 + event // K) * H + h
-    keys = ()
-    for j in tl.static_range(NS):
-        keys = keys + (load_steps(k, row, j, d, live[:, None] & in_d, NS, D),)
+    order += writes
+    previous += writes
+    read_range += writes * 2
+    adjoint += writes * (2 * D)
+    adjoint_z += writes
+    pulls += writes * (2 * NS)
+    read_order += reads
+    key_share += reads
+    value_share += reads
+    d_z_read += reads
+    event = tl.load(order + last - 1, mask=first < last, other=0)
+    source = tl.load(previous + last - 1, mask=first < last, other=-1)
+    ahead = ()
+    for x in tl.static_range(DEPTH):
+        ahead = ahead + load_back(
+            q, d_o, k, beta, w, order, read_order, read_range, key_share, value_share, d_z_read,
+            last - 1 - x, last - 1 - x >= first, d, H, NS, K, KR, D, BD, READS,
+        )  # fmt: skip
     longest = tl.max(last - first, 0)
     for i in range(longest):
         p = last - 1 - i
         live = p >= first
-        next_live = p - 1 >= first
-        next_event = tl.load(order + writes + p - 1, mask=next_live, other=0)
-        next_row = (token0 + next_event // K) * H + h
-        current = keys
-        keys = ()
-        for j in tl.static_range(NS):
-            keys = keys + (load_steps(k, next_row, j, d, next_live[:, None] & in_d, NS, D),)
+        next_event = tl.load(order + p - 1, mask=p - 1 >= first, other=0)
+        next_source = tl.load(previous + p - 1, mask=p - 1 >= first, other=-1)
+        # The range is loaded in this iteration on purpose: a loop whose bound comes from values carried from one
+        # iteration to the next is lowered wrongly by Triton 3.6 and 3.7, to the bound of the first iteration.
+        read_first = tl.load(read_range + p * 2, mask=live, other=0)
+        read_last = tl.load(read_range + p * 2 + 1, mask=live, other=0)
+        if DEPTH > 0:
+            write = take(ahead, 0, 6 + 2 * NS)
+            new = load_back(
+                q, d_o, k, beta, w, order, read_order, read_range, key_share, value_share, d_z_read,
+                p - DEPTH, p - DEPTH >= first, d, H, NS, K, KR, D, BD, READS,
+            )  # fmt: skip
+            ahead = take(ahead, 6 + 2 * NS, (DEPTH - 1) * (6 + 2 * NS)) + new
+        else:
+            write = load_back(
+                q, d_o, k, beta, w, order, read_order, read_range, key_share, value_share, d_z_read,
+                p, live, d, H, NS, K, KR, D, BD, READS,
+            )  # fmt: skip
+        seen = take(write, 1 + 2 * NS, 5)
+        weight = write[0]
 
-        source = tl.load(previous + writes + p, mask=live, other=-1)
-        weight = tl.load(w + row * K + event % K, mask=live, other=0.0).to(tl.float32)
         gk = tl.where(continued[:, None], gk, 0.0)
         gv = tl.where(continued[:, None], gv, 0.0)
         gz = tl.where(continued, gz, 0.0)
@@ -123,50 +194,46 @@ def chain_backward(
             leaves = left >= 0
             if tl.max(leaves.to(tl.int32), 0) > 0:
                 memory = s * R_out + left
-                mask = leaves[:, None] & in_d
-                gk += tl.load(d_out_k + (memory * D)[:, None] + d[None, :], mask=mask, other=0.0)
-                gv += tl.load(d_out_v + (memory * D)[:, None] + d[None, :], mask=mask, other=0.0)
+                gk += load_vectors(d_out_k, memory * D, d, leaves, D, BD)
+                gv += load_vectors(d_out_v, memory * D, d, leaves, D, BD)
                 gz += tl.load(d_out_z + memory, mask=leaves, other=0.0)
                 if SURPRISE:
                     gs += tl.load(d_out_surprise + memory, mask=leaves, other=0.0)
 
-        read_first = tl.load(read_range + (writes + p) * 2, mask=live, other=0)
-        read_last = tl.load(read_range + (writes + p) * 2 + 1, mask=live, other=0)
-        for r in range(0, tl.max(read_last - read_first, 0), READS):
-            which = read_first[:, None] + r + tl.arange(0, READS)[None, :]  # [C, READS]
-            seen = which < read_last[:, None]
-            read = tl.load(read_order + reads + which, mask=seen, other=0)
-            read_row = (token0 + read // KR) * H + h
-            mask = seen[:, :, None] & (d[None, None, :] < D)
-            at = (read_row * D)[:, :, None] + d[None, None, :]
-            share_k = tl.load(key_share + reads + read, mask=seen, other=0.0)
-            share_v = tl.load(value_share + reads + read, mask=seen, other=0.0)
-            gk += tl.sum(share_k[:, :, None] * tl.load(q + at, mask=mask, other=0.0).to(tl.float32), 1)
-            gv += tl.sum(share_v[:, :, None] * tl.load(d_o + at, mask=mask, other=0.0).to(tl.float32), 1)
-            gz += tl.sum(tl.load(d_z_read + reads + read, mask=seen, other=0.0), 1)
+        gk += tl.sum(seen[2][:, :, None] * seen[0].to(tl.float32), 1)
+        gv += tl.sum(seen[3][:, :, None] * seen[1].to(tl.float32), 1)
+        gz += tl.sum(seen[4], 1)
+        most = tl.max(read_last - read_first, 0)
+        for r in range(READS, most, READS):
+            which = read_first[:, None] + r + tl.arange(0, READS)[None, :]
+            mask = which < read_last[:, None]
+            more = tl.load(read_order + which, mask=mask, other=0)
+            seen = load_reads(q, d_o, key_share, value_share, d_z_read, more, mask, d, H, KR, D, BD)
+            gk += tl.sum(seen[2][:, :, None] * seen[0].to(tl.float32), 1)
+            gv += tl.sum(seen[3][:, :, None] * seen[1].to(tl.float32), 1)
+            gz += tl.sum(seen[4], 1)
 
-        at = adjoint + ((writes + event) * (2 * D))[:, None] + d[None, :]
-        tl.store(at, gk.to(adjoint.dtype.element_ty), mask=live[:, None] & in_d)
-        tl.store(at + D, gv.to(adjoint.dtype.element_ty), mask=live[:, None] & in_d)
-        tl.store(adjoint_z + writes + event, gz, mask=live)
+        store_vectors(adjoint, event * (2 * D), d, live, gk, D, BD)
+        store_vectors(adjoint, event * (2 * D) + D, d, live, gv, D, BD)
+        tl.store(adjoint_z + event, gz, mask=live)
         if INJECT:
-            at = row * K + event % K
-            mask = live[:, None] & in_d
+            at = (row0 + event // K * H) * K + event % K
             share_k = tl.where(weight > 0.0, tl.load(lam_k + at, mask=live, other=0.0).to(tl.float32), 0.0)
             share_v = tl.where(weight > 0.0, tl.load(lam_v + at, mask=live, other=0.0).to(tl.float32), 0.0)
-            injected_k = tl.load(c_k + (at * D)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            injected_v = tl.load(c_v + (at * D)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            injected_k = load_vectors(c_k, at * D, d, live, D, BD).to(tl.float32)
+            injected_v = load_vectors(c_v, at * D, d, live, D, BD).to(tl.float32)
             gz += share_k * tl.sum(gk * injected_k, 1) + share_v * tl.sum(gv * injected_v, 1)
             gk *= (1.0 - share_k)[:, None]
             gv *= (1.0 - share_v)[:, None]
         for j in tl.static_range(NS - 1, -1, -1):
-            key = current[j].to(tl.float32)
-            size = tl.load(beta + row * NS + j, mask=live, other=0.0).to(tl.float32)
-            step = weight * size
-            along_k = (step * tl.sum(key * gk, 1))[:, None]
-            along_v = (step * tl.sum(key * gv, 1))[:, None]
-            gk -= key * along_k
-            gv -= key * along_v
+            key = write[2 * j + 2].to(tl.float32)
+            step = weight * write[2 * j + 1]
+            pull_k = tl.sum(key * gk, 1)
+            pull_v = tl.sum(key * gv, 1)
+            gk -= key * (step * pull_k)[:, None]
+            gv -= key * (step * pull_v)[:, None]
+            tl.store(pulls + (event * NS + j) * 2, pull_k, mask=live)
+            tl.store(pulls + (event * NS + j) * 2 + 1, pull_v, mask=live)
         decay = tl.exp(power * log1p_minus(weight))
         gk *= decay[:, None]
         gv *= decay[:, None]
@@ -178,15 +245,14 @@ def chain_backward(
             enters = live & (source <= -2)
             if tl.max(enters.to(tl.int32), 0) > 0:
                 memory = s * R_in + (-2 - source)
-                mask = enters[:, None] & in_d
-                tl.store(d_in_k + (memory * D)[:, None] + d[None, :], gk, mask=mask)
-                tl.store(d_in_v + (memory * D)[:, None] + d[None, :], gv, mask=mask)
+                store_vectors(d_in_k, memory * D, d, enters, gk, D, BD)
+                store_vectors(d_in_v, memory * D, d, enters, gv, D, BD)
                 tl.store(d_in_z + memory, gz, mask=enters)
                 if SURPRISE:
                     tl.store(d_in_surprise + memory, gs, mask=enters)
         continued = live & (source >= 0)
         event = next_event
-        row = next_row
+        source = next_source
 
 
 @triton.jit
@@ -231,124 +297,172 @@ def entering_backward(
 
 
 @triton.jit
+def load_step_vectors(x, offset, d, NS: tl.constexpr, D: tl.constexpr):
+    """The vectors of a token's Householder steps: a tuple of [BD], in x's dtype."""
+    vectors = ()
+    for j in tl.static_range(NS):
+        vectors = vectors + (tl.load(x + offset + j * D + d, mask=d < D, other=0.0),)
+    return vectors
+
+
+@triton.jit
 def token_backward(
     k, u_k, u_v, beta, w, gamma, a_s, eta,
-    source, contents, z_after, surprise_after, errors, in_k, in_v, in_z, in_surprise,
-    adjoint, adjoint_z, adjoint_surprise,
+    source, contents, z_after, alongs, surprise_after, errors, in_k, in_v, in_z, in_surprise,
+    adjoint, adjoint_z, pulls, adjoint_surprise,
     c_k, c_v, lam_k, lam_v,
     d_k, d_u_k, d_u_v, d_beta, d_w, d_gamma, d_a_s, d_eta, d_c_k, d_c_v, d_lam_k, d_lam_v,
     start, T, L, R_in, empty_z,
     H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     ENTERING: tl.constexpr, SURPRISE: tl.constexpr, INJECT: tl.constexpr,
 ):  # fmt: skip
-    """One token of one stream. d_gamma, d_a_s, d_eta [S, L]: the token's share of the gradients of head parameters."""
+    """One token of one stream, BK slots at a time. d_gamma, d_a_s, d_eta [S, L]: the token's share of the gradients of
+    head parameters.
+
+    With P the state before the write, G the adjoint of the state after its steps and x_j = w beta_j, the states between
+    the steps are s_j = a P + sum_(m<=j) x_m (u_m - k_m c_m), and their adjoints g_j = G - sum_(m>j) x_m e_m k_m. The
+    chains left c_j = k_j . s_(j-1) and e_j = k_j . g_j, `alongs` and `pulls`.
+    """
     t = tl.program_id(0)
     s = tl.program_id(1).to(tl.int64)
     b = s // H
     h = s % H
     row = (b * T + start + t) * H + h
     d = tl.arange(0, BD)
-    i = tl.arange(0, BK)
-    in_k_slots = i < K
-    pointer = tl.load(source + ((b * L + t) * H + h) * K + i, mask=in_k_slots, other=-1)
-    held_k, held_v, z = load_contents(
-        contents, z_after, in_k, in_v, in_z, pointer, s, L * K, R_in, empty_z, d, in_k_slots, D, ENTERING
-    )
-    before_k = held_k * z[:, None]
-    before_v = held_v * z[:, None]
-    weight = tl.load(w + row * K + i, mask=in_k_slots, other=0.0).to(tl.float32)
     power = tl.load(gamma + h).to(tl.float32)
-    log_keep = log1p_minus(weight)
-    decay = tl.exp(power * log_keep)
-    event = (s * L + t) * K + i
-    mask = in_k_slots[:, None] & (d[None, :] < D)
-    at = adjoint + (event * (2 * D))[:, None] + d[None, :]
-    gk = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    gv = tl.load(at + D, mask=mask, other=0.0).to(tl.float32)
-    gz = tl.load(adjoint_z + event, mask=in_k_slots, other=0.0)
-
-    # Forward once more, from the state before to the state after the Householder steps.
-    sk = before_k * decay[:, None]
-    sv = before_v * decay[:, None]
-    alongs_k = ()
-    alongs_v = ()
+    keys = load_step_vectors(k, row * (NS * D), d, NS, D)
+    writes_k = load_step_vectors(u_k, row * (NS * D), d, NS, D)
+    writes_v = load_step_vectors(u_v, row * (NS * D), d, NS, D)
+    sizes = ()
+    sums_k = ()  # over the slots seen so far, the BK of a block kept apart until the end
+    sums_u_k = ()
+    sums_u_v = ()
+    sums_beta = ()
     for j in tl.static_range(NS):
-        in_row = (row * NS + j) * D + d
-        key = tl.load(k + in_row, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        step = (weight * tl.load(beta + row * NS + j).to(tl.float32))[:, None]
-        along_k = tl.sum(sk * key, 1)
-        along_v = tl.sum(sv * key, 1)
-        alongs_k = alongs_k + (along_k,)
-        alongs_v = alongs_v + (along_v,)
-        u = tl.load(u_k + in_row, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        sk += step * (u - key * along_k[:, None])
-        u = tl.load(u_v + in_row, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        sv += step * (u - key * along_v[:, None])
+        sizes = sizes + (tl.load(beta + row * NS + j).to(tl.float32),)
+        sums_k = sums_k + (tl.zeros([BK, BD], tl.float32),)
+        sums_u_k = sums_u_k + (tl.zeros([BK, BD], tl.float32),)
+        sums_u_v = sums_u_v + (tl.zeros([BK, BD], tl.float32),)
+        sums_beta = sums_beta + (tl.zeros([BK], tl.float32),)
+    sum_gamma = tl.zeros([BK], tl.float32)
+    sum_a_s = tl.zeros([BK], tl.float32)
+    sum_eta = tl.zeros([BK], tl.float32)
 
-    if INJECT:
-        slot = row * K + i
-        share_k = tl.where(weight > 0.0, tl.load(lam_k + slot, mask=in_k_slots, other=0.0).to(tl.float32), 0.0)
-        share_v = tl.where(weight > 0.0, tl.load(lam_v + slot, mask=in_k_slots, other=0.0).to(tl.float32), 0.0)
-        vectors = (slot * D)[:, None] + d[None, :]
-        injected_k = tl.load(c_k + vectors, mask=mask, other=0.0).to(tl.float32)
-        injected_v = tl.load(c_v + vectors, mask=mask, other=0.0).to(tl.float32)
-        z_now = decay * z + weight
-        tl.store(d_c_k + vectors, ((share_k * z_now)[:, None] * gk).to(d_c_k.dtype.element_ty), mask=mask)
-        tl.store(d_c_v + vectors, ((share_v * z_now)[:, None] * gv).to(d_c_v.dtype.element_ty), mask=mask)
-        along_k = tl.sum(gk * injected_k, 1)
-        along_v = tl.sum(gv * injected_v, 1)
-        d_share_k = z_now * along_k - tl.sum(gk * sk, 1)
-        d_share_v = z_now * along_v - tl.sum(gv * sv, 1)
-        tl.store(d_lam_k + slot, tl.where(weight > 0.0, d_share_k, 0.0), mask=in_k_slots)
-        tl.store(d_lam_v + slot, tl.where(weight > 0.0, d_share_v, 0.0), mask=in_k_slots)
-        gz += share_k * along_k + share_v * along_v
-        gk *= (1.0 - share_k)[:, None]
-        gv *= (1.0 - share_v)[:, None]
+    for block in range(0, K, BK):
+        i = block + tl.arange(0, BK)
+        used = i < K
+        pointer = tl.load(source + ((b * L + t) * H + h) * K + i, mask=used, other=-1)
+        event = (s * L + t) * K + i
+        gk = load_vectors(adjoint, event * (2 * D), d, used, D, BD).to(tl.float32)
+        gv = load_vectors(adjoint, event * (2 * D) + D, d, used, D, BD).to(tl.float32)
+        gz = tl.load(adjoint_z + event, mask=used, other=0.0)
+        weight = tl.load(w + row * K + i, mask=used, other=0.0).to(tl.float32)
+        held_k, held_v, z = load_contents(
+            contents, z_after, in_k, in_v, in_z, pointer, s, L * K, R_in, empty_z, d, used, D, BD, ENTERING
+        )
+        log_keep = log1p_minus(weight)
+        decay = tl.exp(power * log_keep)
+        along_k = ()
+        along_v = ()
+        pull_k = ()
+        pull_v = ()
+        for j in tl.static_range(NS):
+            at = (event * NS + j) * 2
+            along_k = along_k + (tl.load(alongs + at, mask=used, other=0.0),)
+            along_v = along_v + (tl.load(alongs + at + 1, mask=used, other=0.0),)
+            pull_k = pull_k + (tl.load(pulls + at, mask=used, other=0.0),)
+            pull_v = pull_v + (tl.load(pulls + at + 1, mask=used, other=0.0),)
 
-    # Back through the steps. The state before a step is the one after it less what the step added.
-    d_weight = gz
-    for j in tl.static_range(NS - 1, -1, -1):
-        in_row = (row * NS + j) * D + d
-        key = tl.load(k + in_row, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        write_k = tl.load(u_k + in_row, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        write_v = tl.load(u_v + in_row, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        size = tl.load(beta + row * NS + j).to(tl.float32)
-        step = weight * size
-        along_k = alongs_k[j]
-        along_v = alongs_v[j]
-        sk -= step[:, None] * (write_k - key * along_k[:, None])
-        sv -= step[:, None] * (write_v - key * along_v[:, None])
-        grad_k = tl.sum(gk * key, 1)
-        grad_v = tl.sum(gv * key, 1)
-        d_step = tl.sum(gk * write_k + gv * write_v, 1) - along_k * grad_k - along_v * grad_v
-        d_weight += size * d_step
-        tl.store(d_beta + row * NS + j, tl.sum(weight * d_step, 0))
-        tl.store(d_u_k + in_row, tl.sum(step[:, None] * gk, 0).to(d_u_k.dtype.element_ty), mask=d < D)
-        tl.store(d_u_v + in_row, tl.sum(step[:, None] * gv, 0).to(d_u_v.dtype.element_ty), mask=d < D)
-        pulls = (step * grad_k)[:, None] * sk + (step * along_k)[:, None] * gk
-        pulls += (step * grad_v)[:, None] * sv + (step * along_v)[:, None] * gv
-        tl.store(d_k + in_row, (-tl.sum(pulls, 0)).to(d_k.dtype.element_ty), mask=d < D)
-        gk -= (step * grad_k)[:, None] * key
-        gv -= (step * grad_v)[:, None] * key
+        if INJECT:
+            slot = row * K + i
+            share_k = tl.where(weight > 0.0, tl.load(lam_k + slot, mask=used, other=0.0).to(tl.float32), 0.0)
+            share_v = tl.where(weight > 0.0, tl.load(lam_v + slot, mask=used, other=0.0).to(tl.float32), 0.0)
+            injected_k = load_vectors(c_k, slot * D, d, used, D, BD).to(tl.float32)
+            injected_v = load_vectors(c_v, slot * D, d, used, D, BD).to(tl.float32)
+            z_now = decay * z + weight
+            store_vectors(d_c_k, slot * D, d, used, (share_k * z_now)[:, None] * gk, D, BD)
+            store_vectors(d_c_v, slot * D, d, used, (share_v * z_now)[:, None] * gv, D, BD)
+            toward_k = tl.sum(gk * injected_k, 1)
+            toward_v = tl.sum(gv * injected_v, 1)
+            # The state that injection replaced, s_n, against G.
+            replaced_k = decay * z * tl.sum(gk * held_k, 1)
+            replaced_v = decay * z * tl.sum(gv * held_v, 1)
+            for m in tl.static_range(NS):
+                step = weight * sizes[m]
+                key = keys[m].to(tl.float32)[None, :]
+                replaced_k += step * tl.sum(gk * (writes_k[m].to(tl.float32)[None, :] - key * along_k[m][:, None]), 1)
+                replaced_v += step * tl.sum(gv * (writes_v[m].to(tl.float32)[None, :] - key * along_v[m][:, None]), 1)
+            tl.store(d_lam_k + slot, tl.where(weight > 0.0, z_now * toward_k - replaced_k, 0.0), mask=used)
+            tl.store(d_lam_v + slot, tl.where(weight > 0.0, z_now * toward_v - replaced_v, 0.0), mask=used)
+            gz += share_k * toward_k + share_v * toward_v
+            gk *= (1.0 - share_k)[:, None]
+            gv *= (1.0 - share_v)[:, None]
 
-    d_decay = tl.sum(before_k * gk + before_v * gv, 1) + z * gz
-    follows = weight <= 0.999  # above it the decay no longer depends on w
-    d_weight -= tl.where(follows, d_decay * power * decay / (1.0 - tl.minimum(weight, 0.999)), 0.0)
-    tl.store(d_gamma + s * L + t, tl.sum(d_decay * decay * log_keep, 0))
+        # Forward through the states between the steps, then backward through their adjoints.
+        sk = (decay * z)[:, None] * held_k
+        sv = (decay * z)[:, None] * held_v
+        pulled = ()
+        for j in tl.static_range(NS):
+            step = weight * sizes[j]
+            sums = sums_k[j] - (step * pull_k[j])[:, None] * sk
+            pulled = pulled + (sums - (step * pull_v[j])[:, None] * sv,)
+            if j < NS - 1:
+                key = keys[j].to(tl.float32)[None, :]
+                sk += step[:, None] * writes_k[j].to(tl.float32)[None, :]
+                sv += step[:, None] * writes_v[j].to(tl.float32)[None, :]
+                sk -= (step * along_k[j])[:, None] * key
+                sv -= (step * along_v[j])[:, None] * key
+        sums_k = ()
+        written_k = ()
+        written_v = ()
+        betas = ()
+        d_weight = gz
+        for j in tl.static_range(NS - 1, -1, -1):
+            step = weight * sizes[j]
+            key = keys[j].to(tl.float32)[None, :]
+            toward = tl.sum(gk * writes_k[j].to(tl.float32)[None, :] + gv * writes_v[j].to(tl.float32)[None, :], 1)
+            d_step = toward - along_k[j] * pull_k[j] - along_v[j] * pull_v[j]
+            d_weight += sizes[j] * d_step
+            betas = (sums_beta[j] + weight * d_step,) + betas
+            sums = pulled[j] - (step * along_k[j])[:, None] * gk
+            sums_k = (sums - (step * along_v[j])[:, None] * gv,) + sums_k
+            written_k = (sums_u_k[j] + step[:, None] * gk,) + written_k
+            written_v = (sums_u_v[j] + step[:, None] * gv,) + written_v
+            gk -= (step * pull_k[j])[:, None] * key
+            gv -= (step * pull_v[j])[:, None] * key
+        sums_u_k = written_k
+        sums_u_v = written_v
+        sums_beta = betas
+        d_decay = z * (tl.sum(held_k * gk + held_v * gv, 1) + gz)
+
+        follows = weight <= 0.999  # above it the decay no longer depends on w
+        d_weight -= tl.where(follows, d_decay * power * decay / (1.0 - tl.minimum(weight, 0.999)), 0.0)
+        sum_gamma += d_decay * decay * log_keep
+        if SURPRISE:
+            stored = used & (pointer >= 0)
+            score = tl.load(surprise_after + s * L * K + tl.maximum(pointer, 0), mask=stored, other=0.0)
+            if ENTERING:
+                enters = used & (pointer <= -2)
+                memory = s * R_in + tl.maximum(-2 - pointer, 0)
+                score += tl.load(in_surprise + memory, mask=enters, other=0.0)
+            error_k = tl.load(errors + event * 2, mask=used, other=0.0)
+            error_v = tl.load(errors + event * 2 + 1, mask=used, other=0.0)
+            gs = tl.load(adjoint_surprise + event, mask=used, other=0.0)
+            mix = tl.load(a_s + h).to(tl.float32)
+            forget = 1.0 - tl.load(eta + h).to(tl.float32)
+            d_rate = gs * (mix * error_k + (1.0 - mix) * error_v - score)
+            d_weight += forget * d_rate
+            sum_a_s += gs * forget * weight * (error_k - error_v)
+            sum_eta -= d_rate * weight
+        tl.store(d_w + row * K + i, d_weight, mask=used)
+
+    for j in tl.static_range(NS):
+        at = (row * NS + j) * D + d
+        tl.store(d_k + at, tl.sum(sums_k[j], 0).to(d_k.dtype.element_ty), mask=d < D)
+        tl.store(d_u_k + at, tl.sum(sums_u_k[j], 0).to(d_u_k.dtype.element_ty), mask=d < D)
+        tl.store(d_u_v + at, tl.sum(sums_u_v[j], 0).to(d_u_v.dtype.element_ty), mask=d < D)
+        tl.store(d_beta + row * NS + j, tl.sum(sums_beta[j], 0))
+    tl.store(d_gamma + s * L + t, tl.sum(sum_gamma, 0))
     if SURPRISE:
-        stored = in_k_slots & (pointer >= 0)
-        score = tl.load(surprise_after + s * L * K + tl.maximum(pointer, 0), mask=stored, other=0.0)
-        if ENTERING:
-            enters = in_k_slots & (pointer <= -2)
-            memory = s * R_in + tl.maximum(-2 - pointer, 0)
-            score += tl.load(in_surprise + memory, mask=enters, other=0.0)
-        error_k = tl.load(errors + event * 2, mask=in_k_slots, other=0.0)
-        error_v = tl.load(errors + event * 2 + 1, mask=in_k_slots, other=0.0)
-        gs = tl.load(adjoint_surprise + event, mask=in_k_slots, other=0.0)
-        mix = tl.load(a_s + h).to(tl.float32)
-        forget = 1.0 - tl.load(eta + h).to(tl.float32)
-        d_rate = gs * (mix * error_k + (1.0 - mix) * error_v - score)
-        d_weight += forget * d_rate
-        tl.store(d_a_s + s * L + t, tl.sum(gs * forget * weight * (error_k - error_v), 0))
-        tl.store(d_eta + s * L + t, -tl.sum(d_rate * weight, 0))
-    tl.store(d_w + row * K + i, d_weight, mask=in_k_slots)
+        tl.store(d_a_s + s * L + t, tl.sum(sum_a_s, 0))
+        tl.store(d_eta + s * L + t, tl.sum(sum_eta, 0))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slotmamba_kernels.hksa.slot_lists import rows_of, united
 from slotmamba_kernels.hksa.state import SlotState
 
 
@@ -34,25 +35,16 @@ def leaving_slots(last_writes: Tensor, entering: Tensor | None, continues: Tenso
     place = torch.where(kept, kept.cumsum(1) - 1, last_writes.shape[1])  # the others into a column cut off below
     written = last_writes.new_full((last_writes.shape[0], last_writes.shape[1] + 1), num_slots)
     written = written.scatter(1, place, last_writes.where(kept, num_slots))[:, :-1].unflatten(0, (batch, -1))
-    slots = written
-    if entering is not None:
-        both = torch.cat([written, entering.where(continues.view(-1, 1, 1), num_slots)], -1).sort(-1).values
-        repeated = torch.zeros_like(both, dtype=torch.bool)
-        repeated[..., 1:] = both[..., 1:] == both[..., :-1]
-        slots = both.where(~repeated, num_slots).sort(-1).values
-    return slots[..., :num_slots].contiguous()
+    if entering is None:
+        return written[..., :num_slots].contiguous()
+    return united(written, entering.where(continues.view(-1, 1, 1), num_slots), num_slots)
 
 
-def rows_of(slots: Tensor, wanted: Tensor) -> Tensor:
-    """Row of each wanted slot [B, H, N] in `slots` [B, H, R], -1 where it has none (and for paddings)."""
-    row = torch.searchsorted(slots, wanted).clamp(max=slots.shape[-1] - 1)
-    return row.where(slots.gather(-1, row) == wanted, -1)
-
-
-def leaving_rows(last_writes: Tensor, slots: Tensor) -> Tensor:
+def leaving_rows(last_writes: Tensor, slots: Tensor, num_slots: int) -> Tensor:
     """`last_writes` [S, N] with each slot replaced by its row in `slots` [B, H, R], int32."""
     wanted = last_writes.unflatten(0, slots.shape[:2])
-    return rows_of(slots, wanted.clamp(min=0)).where(wanted >= 0, -1).flatten(0, 1).to(torch.int32)
+    rows = rows_of(slots, wanted.clamp(min=0), num_slots).where(wanted >= 0, -1)
+    return rows.flatten(0, 1).to(torch.int32)
 
 
 def carried(
@@ -77,10 +69,10 @@ def carried_back(d_leaving: Memory, continues: Tensor, slots: Tensor | None, num
 
 def _sources(slots: Tensor | None, wanted: Tensor | None, num_slots: int) -> Tensor | None:
     """Row of a memory with `slots` for each row of one with the `wanted` slots, -1 for none; None if both are dense."""
-    if wanted is None:
-        assert slots is None, "a sparse memory does not become dense within a call"
+    if slots is None or wanted is None:
+        assert slots is wanted, "a memory stays dense or sparse within a call"
         return None
-    return rows_of(slots, wanted) if slots is not None else wanted.long().where(wanted < num_slots, -1)
+    return rows_of(slots, wanted, num_slots)
 
 
 def _moved(state: SlotState, rows: Tensor | None, continues: Tensor, empty_z: float) -> SlotState:

@@ -27,22 +27,46 @@ def log1p_minus(w):
 
 
 @triton.jit
-def load_steps(x, row, j: tl.constexpr, d, mask, NS: tl.constexpr, D: tl.constexpr):
-    """Vectors of Householder step j of token rows `row`: [C, BD] in x's dtype."""
-    return tl.load(x + ((row * NS + j) * D)[:, None] + d[None, :], mask=mask, other=0.0)
+def load_vectors(x, offset, d, live, D: tl.constexpr, BD: tl.constexpr):
+    """x[offset + d] for the rows that are live: [C, BD] in x's dtype."""
+    at = x + offset[:, None] + d[None, :]
+    # d is a power of two as a rule, and then needs no mask of its own.
+    return tl.load(at, mask=live[:, None] if D == BD else live[:, None] & (d[None, :] < D), other=0.0)
 
 
 @triton.jit
-def load_writes(k, u_k, u_v, row, d, mask, NS: tl.constexpr, D: tl.constexpr):
-    """All the vectors that the writes of token rows `row` need, a flat tuple k_0, u_k0, u_v0, k_1, ..."""
-    vectors = ()
+def store_vectors(x, offset, d, live, value, D: tl.constexpr, BD: tl.constexpr):
+    at = x + offset[:, None] + d[None, :]
+    mask = live[:, None] if D == BD else live[:, None] & (d[None, :] < D)
+    tl.store(at, value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def take(values, first: tl.constexpr, count: tl.constexpr):
+    """values[first : first + count] of a tuple."""
+    taken = ()
+    for x in tl.static_range(count):
+        taken = taken + (values[first + x],)
+    return taken
+
+
+@triton.jit
+def load_write(
+    k, u_k, u_v, beta, w, event, d, live,
+    H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """What a write needs beside the state, a flat tuple: its weight, then beta_j, k_j, u_kj, u_vj of each step."""
+    token = event // K
+    write = (tl.load(w + token * (H * K) + event % K, mask=live, other=0.0).to(tl.float32),)
     for j in tl.static_range(NS):
-        vectors = vectors + (
-            load_steps(k, row, j, d, mask, NS, D),
-            load_steps(u_k, row, j, d, mask, NS, D),
-            load_steps(u_v, row, j, d, mask, NS, D),
+        offset = token * (H * NS * D) + j * D
+        write = write + (
+            tl.load(beta + token * (H * NS) + j, mask=live, other=0.0).to(tl.float32),
+            load_vectors(k, offset, d, live, D, BD),
+            load_vectors(u_k, offset, d, live, D, BD),
+            load_vectors(u_v, offset, d, live, D, BD),
         )
-    return vectors
+    return write
 
 
 @triton.jit
@@ -51,18 +75,22 @@ def chain_forward(
     order, previous, leaving, bucket,
     in_k, in_v, in_z, in_surprise,
     c_k, c_v, lam_k, lam_v, a_s, eta,
-    contents, z_after, surprise_after, errors,
+    contents, z_after, alongs, surprise_after, errors,
     out_k, out_v, out_z, out_surprise,
     start, T, L, R_in, R_out, buckets, empty_z,
     H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
-    ENTERING: tl.constexpr, LEAVING: tl.constexpr, SURPRISE: tl.constexpr, INJECT: tl.constexpr,
+    ENTERING: tl.constexpr, LEAVING: tl.constexpr, SURPRISE: tl.constexpr, INJECT: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Walks the writes of C buckets. contents [S, L*K, 2, D], z_after, surprise_after [S, L*K], errors [S, L*K, 2]."""
+    """Walks the writes of C buckets. contents [S, L*K, 2, D]; z_after, surprise_after [S, L*K]; errors [S, L*K, 2];
+    alongs [S, L*K, n, 2]: what each step found along its direction, k_j . S, of key and value memory.
+
+    DEPTH: so many writes ahead their vectors, which do not depend on the state, are loaded. It pays where there are too
+    few chains for one to run while another waits.
+    """
     s = tl.program_id(1).to(tl.int64)
     b = s // H
     h = s % H
     d = tl.arange(0, BD)
-    in_d = d[None, :] < D
     nb = tl.program_id(0) * C + tl.arange(0, C)
     first = tl.load(bucket + s * (buckets + 1) + nb, mask=nb < buckets, other=0)
     last = tl.load(bucket + s * (buckets + 1) + nb + 1, mask=nb < buckets, other=0)
@@ -72,51 +100,68 @@ def chain_forward(
     z = tl.zeros([C], tl.float32) + empty_z
     surprise = tl.zeros([C], tl.float32)
 
+    # Within a stream and a stretch offsets fit 32 bits.
+    row0 = (b * T + start) * H + h
+    k += row0 * (NS * D)
+    u_k += row0 * (NS * D)
+    u_v += row0 * (NS * D)
+    beta += row0 * NS
+    w += row0 * K
     writes = s * L * K
-    token0 = b * T + start
-    live = first < last
-    event = tl.load(order + writes + first, mask=live, other=0)
-    row = (token0 + event // K) * H + h
-    vectors = load_writes(k, u_k, u_v, row, d, live[:, None] & in_d, NS, D)
+    order += writes
+    previous += writes
+    contents += writes * (2 * D)
+    z_after += writes
+    alongs += writes * (2 * NS)
+
+    event = tl.load(order + first, mask=first < last, other=0)
+    source = tl.load(previous + first, mask=first < last, other=-1)
+    ahead = ()
+    for x in tl.static_range(DEPTH):
+        early = tl.load(order + first + x, mask=first + x < last, other=0)
+        ahead = ahead + load_write(k, u_k, u_v, beta, w, early, d, first + x < last, H, NS, K, D, BD)
     longest = tl.max(last - first, 0)
     for i in range(longest):
         p = first + i
         live = p < last
-        # The next write's vectors do not depend on the state: they arrive while this one is computed.
         next_live = p + 1 < last
-        next_event = tl.load(order + writes + p + 1, mask=next_live, other=0)
-        next_row = (token0 + next_event // K) * H + h
-        current = vectors
-        vectors = load_writes(k, u_k, u_v, next_row, d, next_live[:, None] & in_d, NS, D)
+        next_event = tl.load(order + p + 1, mask=next_live, other=0)
+        next_source = tl.load(previous + p + 1, mask=next_live, other=-1)
+        if DEPTH > 0:
+            write = take(ahead, 0, 1 + 4 * NS)
+            early = tl.load(order + p + DEPTH, mask=p + DEPTH < last, other=0)
+            new = load_write(k, u_k, u_v, beta, w, early, d, p + DEPTH < last, H, NS, K, D, BD)
+            ahead = take(ahead, 1 + 4 * NS, (DEPTH - 1) * (1 + 4 * NS)) + new
+        else:
+            write = load_write(k, u_k, u_v, beta, w, event, d, live, H, NS, K, D, BD)
+        weight = write[0]
 
-        source = tl.load(previous + writes + p, mask=live, other=-1)
-        weight = tl.load(w + row * K + event % K, mask=live, other=0.0).to(tl.float32)
-        fresh = source < 0
-        sk = tl.where(fresh[:, None], 0.0, sk)
-        sv = tl.where(fresh[:, None], 0.0, sv)
-        z = tl.where(fresh, empty_z, z)
-        if SURPRISE:
-            surprise = tl.where(fresh, 0.0, surprise)
+        started = source >= 0  # whether the state goes on; else it starts anew, from the entering memory or empty
         if ENTERING:
             enters = live & (source <= -2)
             if tl.max(enters.to(tl.int32), 0) > 0:
                 memory = s * R_in + (-2 - source)
-                mask = enters[:, None] & in_d
-                sk += tl.load(in_k + (memory * D)[:, None] + d[None, :], mask=mask, other=0.0)
-                sv += tl.load(in_v + (memory * D)[:, None] + d[None, :], mask=mask, other=0.0)
+                sk = tl.where(enters[:, None], load_vectors(in_k, memory * D, d, enters, D, BD), sk)
+                sv = tl.where(enters[:, None], load_vectors(in_v, memory * D, d, enters, D, BD), sv)
                 z = tl.where(enters, tl.load(in_z + memory, mask=enters, other=1.0), z)
                 if SURPRISE:
                     surprise = tl.where(enters, tl.load(in_surprise + memory, mask=enters, other=0.0), surprise)
+            started = started | enters
+        z = tl.where(started, z, empty_z)
+        if SURPRISE:
+            surprise = tl.where(started, surprise, 0.0)
+            sk = tl.where(started[:, None], sk, 0.0)
+            sv = tl.where(started[:, None], sv, 0.0)
 
         if SURPRISE:
             total = tl.zeros([C], tl.float32)
             mean_k = tl.zeros([C, BD], tl.float32)
             mean_v = tl.zeros([C, BD], tl.float32)
             for j in tl.static_range(NS):
-                size = tl.load(beta + row * NS + j, mask=live, other=0.0).to(tl.float32)
+                size = write[4 * j + 1]
                 total += size
-                mean_k += size[:, None] * current[3 * j + 1].to(tl.float32)
-                mean_v += size[:, None] * current[3 * j + 2].to(tl.float32)
+                mean_k += size[:, None] * write[4 * j + 3].to(tl.float32)
+                mean_v += size[:, None] * write[4 * j + 4].to(tl.float32)
             share = 1.0 / tl.maximum(total, MIN_BETA_SUM)
             miss_k = sk / z[:, None] - mean_k * share[:, None]
             miss_v = sv / z[:, None] - mean_v * share[:, None]
@@ -130,68 +175,67 @@ def chain_forward(
             tl.store(surprise_after + writes + event, surprise, mask=live)
 
         decay = tl.exp(power * log1p_minus(weight))
+        z = z * decay + weight
+        decay = tl.where(started, decay, 0.0)
         sk *= decay[:, None]
         sv *= decay[:, None]
-        z = z * decay + weight
         for j in tl.static_range(NS):
-            step = (weight * tl.load(beta + row * NS + j, mask=live, other=0.0).to(tl.float32))[:, None]
-            key = current[3 * j].to(tl.float32)
-            along_k = tl.sum(key * sk, 1)[:, None]
-            along_v = tl.sum(key * sv, 1)[:, None]
-            sk += step * (current[3 * j + 1].to(tl.float32) - key * along_k)
-            sv += step * (current[3 * j + 2].to(tl.float32) - key * along_v)
+            step = (weight * write[4 * j + 1])[:, None]
+            key = write[4 * j + 2].to(tl.float32)
+            along_k = tl.sum(key * sk, 1)
+            along_v = tl.sum(key * sv, 1)
+            sk += step * write[4 * j + 3].to(tl.float32)
+            sv += step * write[4 * j + 4].to(tl.float32)
+            sk -= key * (step * along_k[:, None])
+            sv -= key * (step * along_v[:, None])
+            tl.store(alongs + (event * NS + j) * 2, along_k, mask=live)
+            tl.store(alongs + (event * NS + j) * 2 + 1, along_v, mask=live)
         if INJECT:
-            at = row * K + event % K
-            mask = live[:, None] & in_d
+            at = (row0 + event // K * H) * K + event % K
             share_k = tl.where(weight > 0.0, tl.load(lam_k + at, mask=live, other=0.0).to(tl.float32), 0.0)
             share_v = tl.where(weight > 0.0, tl.load(lam_v + at, mask=live, other=0.0).to(tl.float32), 0.0)
-            injected_k = tl.load(c_k + (at * D)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            injected_v = tl.load(c_v + (at * D)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            injected_k = load_vectors(c_k, at * D, d, live, D, BD).to(tl.float32)
+            injected_v = load_vectors(c_v, at * D, d, live, D, BD).to(tl.float32)
             sk = sk * (1.0 - share_k)[:, None] + (share_k * z)[:, None] * injected_k
             sv = sv * (1.0 - share_v)[:, None] + (share_v * z)[:, None] * injected_v
 
         inverse = (1.0 / z)[:, None]
-        at = contents + ((writes + event) * (2 * D))[:, None] + d[None, :]
-        tl.store(at, (sk * inverse).to(contents.dtype.element_ty), mask=live[:, None] & in_d)
-        tl.store(at + D, (sv * inverse).to(contents.dtype.element_ty), mask=live[:, None] & in_d)
-        tl.store(z_after + writes + event, z, mask=live)
+        store_vectors(contents, event * (2 * D), d, live, sk * inverse, D, BD)
+        store_vectors(contents, event * (2 * D) + D, d, live, sv * inverse, D, BD)
+        tl.store(z_after + event, z, mask=live)
         if LEAVING:
             left = tl.load(leaving + writes + p, mask=live, other=-1)
             leaves = left >= 0
             if tl.max(leaves.to(tl.int32), 0) > 0:
                 memory = s * R_out + left
-                mask = leaves[:, None] & in_d
-                tl.store(out_k + (memory * D)[:, None] + d[None, :], sk, mask=mask)
-                tl.store(out_v + (memory * D)[:, None] + d[None, :], sv, mask=mask)
+                store_vectors(out_k, memory * D, d, leaves, sk, D, BD)
+                store_vectors(out_v, memory * D, d, leaves, sv, D, BD)
                 tl.store(out_z + memory, z, mask=leaves)
                 if SURPRISE:
                     tl.store(out_surprise + memory, surprise, mask=leaves)
         event = next_event
-        row = next_row
+        source = next_source
 
 
 @triton.jit
 def load_contents(
     contents, z_after, in_k, in_v, in_z, source, s, events, R_in, empty_z, d, live,
-    D: tl.constexpr, ENTERING: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, ENTERING: tl.constexpr,
 ):  # fmt: skip
     """What the states that `source` [N] points at hold: C_k, C_v [N, BD] and z [N], float32 (empty: 0, 0, empty_z)."""
-    in_d = d[None, :] < D
     stored = live & (source >= 0)
-    at = (s * events + tl.maximum(source, 0)) * (2 * D)
-    mask = stored[:, None] & in_d
-    held_k = tl.load(contents + at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    held_v = tl.load(contents + (at + D)[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    z = tl.load(z_after + s * events + tl.maximum(source, 0), mask=stored, other=1.0)
-    z = tl.where(stored, z, empty_z)
+    write = tl.maximum(source, 0)
+    contents += s * events * (2 * D)
+    held_k = load_vectors(contents, write * (2 * D), d, stored, D, BD).to(tl.float32)
+    held_v = load_vectors(contents, write * (2 * D) + D, d, stored, D, BD).to(tl.float32)
+    z = tl.where(stored, tl.load(z_after + s * events + write, mask=stored, other=1.0), empty_z)
     if ENTERING:
         enters = live & (source <= -2)
         if tl.max(enters.to(tl.int32), 0) > 0:
             memory = s * R_in + tl.maximum(-2 - source, 0)
             z = tl.where(enters, tl.load(in_z + memory, mask=enters, other=1.0), z)
-            mask = enters[:, None] & in_d
-            held_k += tl.load(in_k + (memory * D)[:, None] + d[None, :], mask=mask, other=0.0) / z[:, None]
-            held_v += tl.load(in_v + (memory * D)[:, None] + d[None, :], mask=mask, other=0.0) / z[:, None]
+            held_k += load_vectors(in_k, memory * D, d, enters, D, BD) / z[:, None]
+            held_v += load_vectors(in_v, memory * D, d, enters, D, BD) / z[:, None]
     return held_k, held_v, z
 
 
@@ -211,7 +255,7 @@ def read_forward(
     i = tl.arange(0, BK)
     pointer = tl.load(source + ((b * L + t) * H + h) * K + i, mask=i < K, other=-1)
     held_k, held_v, _ = load_contents(
-        contents, z_after, in_k, in_v, in_z, pointer, s, events, R_in, empty_z, d, i < K, D, ENTERING
+        contents, z_after, in_k, in_v, in_z, pointer, s, events, R_in, empty_z, d, i < K, D, BD, ENTERING
     )
     query = tl.load(q + row * D + d, mask=d < D, other=0.0).to(tl.float32)
     weight = tl.load(w + row * K + i, mask=i < K, other=1.0).to(tl.float32)

@@ -13,7 +13,9 @@ from slotmamba_kernels.hksa.event_plan import EventPlan
 from slotmamba_kernels.hksa.forward_kernels import chain_forward, read_forward
 from slotmamba_kernels.hksa.state import SlotState
 
-CHAIN_ELEMENTS = 512  # of one state vector for each of a program's chains: 16 a thread
+CHAIN_ELEMENTS = 256  # of one state vector for each of a program's chains: 8 a thread
+TOKEN_ELEMENTS = 256  # the same for the slots that token_backward takes at a time
+TOKEN_REGISTERS = 168  # three warps a scheduler instead of two
 FEWEST_PROGRAMS = 4096  # below it a program takes fewer chains, so that the GPU has enough of them
 
 
@@ -66,22 +68,24 @@ class Stretch:
 class Table:
     """What the slots hold after each write of a stretch of L tokens, S = B*H streams.
 
-    contents: [S, L*K, 2, d] S/z of key and value memory; z: [S, L*K]; with surprise its value after the write
-    [S, L*K] and the prediction errors [S, L*K, 2], else None.
+    contents: [S, L*K, 2, d] S/z of key and value memory; z: [S, L*K]; alongs: [S, L*K, n, 2] k_j . S before each step;
+    with surprise its value after the write [S, L*K] and the prediction errors [S, L*K, 2], else None.
     """
 
     contents: Tensor
     z: Tensor
+    alongs: Tensor
     surprise: Tensor | None
     errors: Tensor | None
 
     @classmethod
     def empty(cls, x: Inputs, length: int) -> Table:
-        batch, _, heads, _, writes, _, dim = x.sizes
+        batch, _, heads, steps, writes, _, dim = x.sizes
         scores, device = (batch * heads, length * writes), x.q.device
         return cls(
             contents=torch.empty(*scores, 2, dim, dtype=x.table_dtype, device=device),
             z=torch.empty(scores, dtype=torch.float32, device=device),
+            alongs=torch.empty(*scores, steps, 2, dtype=torch.float32, device=device),
             surprise=None if x.a_s is None else torch.empty(scores, dtype=torch.float32, device=device),
             errors=None if x.a_s is None else torch.empty(*scores, 2, dtype=torch.float32, device=device),
         )
@@ -132,15 +136,15 @@ def write_forward(
     table = Table.empty(x, at.length)
     block = triton.next_power_of_2(dim)
     chains = _chains_of_program(streams, at.plan.num_buckets, block)
-    chain_forward[(triton.cdiv(at.plan.num_buckets, chains), streams)](
+    chain_forward[(_ceil(at.plan.num_buckets, chains), streams)](
         x.k, x.u_k, x.u_v, x.beta, x.write_w, x.gamma,
         at.plan.write_order, at.plan.previous, at.plan.leaving, at.plan.write_bucket,
         *_parts(entering), x.c_k, x.c_v, x.lam_k, x.lam_v, x.a_s, x.eta,
-        table.contents, table.z, table.surprise, table.errors, *_parts(leaving),
+        table.contents, table.z, table.alongs, table.surprise, table.errors, *_parts(leaving),
         at.start, length, at.length, _rows(entering), _rows(leaving), at.plan.num_buckets, 1.0 / num_slots,
         H=heads, NS=steps, K=writes, D=dim, BD=block, C=chains,
         ENTERING=entering is not None, LEAVING=leaving is not None,
-        SURPRISE=x.a_s is not None, INJECT=x.c_k is not None, num_warps=1,
+        SURPRISE=x.a_s is not None, INJECT=x.c_k is not None, DEPTH=_depth(chains), num_warps=1,
     )  # fmt: skip
     return table
 
@@ -187,17 +191,17 @@ def stretch_backward(
     )  # fmt: skip
 
     adjoint = torch.empty_like(table.contents, dtype=x.adjoint_dtype)
-    adjoint_z = torch.empty_like(table.z)
+    adjoint_z, pulls = torch.empty_like(table.z), torch.empty_like(table.alongs)
     adjoint_surprise = None if table.surprise is None else torch.empty_like(table.surprise)
     chains = _chains_of_program(streams, plan.num_buckets, block)
-    chain_backward[(triton.cdiv(plan.num_buckets, chains), streams)](
+    chain_backward[(_ceil(plan.num_buckets, chains), streams)](
         x.q, d_o, x.k, x.beta, x.write_w, x.gamma, x.eta,
         plan.write_order, plan.previous, plan.leaving, plan.write_bucket, plan.read_order, plan.read_range,
         key_share, value_share, d_z_read, x.c_k, x.c_v, x.lam_k, x.lam_v,
-        *_parts(d_leaving), adjoint, adjoint_z, adjoint_surprise, *_parts(d_entering),
+        *_parts(d_leaving), adjoint, adjoint_z, pulls, adjoint_surprise, *_parts(d_entering),
         at.start, length, at.length, _rows(entering), _rows(d_leaving), plan.num_buckets,
         H=heads, NS=steps, K=writes, KR=reads, D=dim, BD=block, C=chains, READS=4 if chains == 1 else 2,
-        LEAVING=d_leaving is not None, **switches, num_warps=1,
+        LEAVING=d_leaving is not None, DEPTH=_depth(chains), **switches, num_warps=1,
     )  # fmt: skip
     if d_entering is not None:
         entering_backward[(plan.num_buckets, streams)](
@@ -207,15 +211,15 @@ def stretch_backward(
         )  # fmt: skip
 
     shares = torch.empty(3, streams, at.length, dtype=torch.float32, device=device)
-    width = triton.next_power_of_2(writes)
+    width = max(1, min(triton.next_power_of_2(writes), TOKEN_ELEMENTS // block))
     token_backward[(at.length, streams)](
         x.k, x.u_k, x.u_v, x.beta, x.write_w, x.gamma, x.a_s, x.eta,
-        plan.write_source, table.contents, table.z, table.surprise, table.errors, *memory,
-        adjoint, adjoint_z, adjoint_surprise, x.c_k, x.c_v, x.lam_k, x.lam_v,
+        plan.write_source, table.contents, table.z, table.alongs, table.surprise, table.errors, *memory,
+        adjoint, adjoint_z, pulls, adjoint_surprise, x.c_k, x.c_v, x.lam_k, x.lam_v,
         grads.k, grads.u_k, grads.u_v, grads.beta, grads.write_w, *shares.unbind(0),
         grads.c_k, grads.c_v, grads.lam_k, grads.lam_v,
         at.start, length, at.length, _rows(entering), empty_z,
-        H=heads, NS=steps, K=writes, BK=width, D=dim, BD=block, **switches, num_warps=_token_warps(width * block),
+        H=heads, NS=steps, K=writes, BK=width, D=dim, BD=block, **switches, num_warps=1, maxnreg=TOKEN_REGISTERS,
     )  # fmt: skip
     for name, share in zip(("gamma", "a_s", "eta"), shares.unbind(0), strict=True):
         total = getattr(grads, name)
@@ -237,11 +241,20 @@ def _rows(memory: SlotState | None) -> int:
 
 def _chains_of_program(streams: int, buckets: int, block: int) -> int:
     chains = max(1, CHAIN_ELEMENTS // block)
-    while chains > 1 and streams * triton.cdiv(buckets, chains) < FEWEST_PROGRAMS:
+    while chains > 1 and streams * _ceil(buckets, chains) < FEWEST_PROGRAMS:
         chains //= 2
     return chains
 
 
+def _depth(chains: int) -> int:
+    """How many writes ahead a chain loads: several where a program has one chain, since then there are few."""
+    return 3 if chains == 1 else 0
+
+
+def _ceil(count: int, size: int) -> int:
+    return -(-count // size)
+
+
 def _token_warps(elements: int) -> int:
     """Warps of a program that holds several tiles of so many elements: 16 of each a thread."""
-    return min(8, max(1, elements // 512))
+    return min(8, max(1, elements // 1024))

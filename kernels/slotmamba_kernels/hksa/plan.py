@@ -28,49 +28,30 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """C chains, E writes, R = B*T*H token rows, P = C + E rows of the state table.
+class Schedule:
+    """The order in which C chains advance. Plain numbers, so that autograd may keep it without keeping tensors alive.
 
     alive: chains that have a write of each step; alive[0] of them a first one. Falls from step to step.
-    memory_row: [C] row of the flattened entering memory [B*H*M] that the chain's slot is.
-    continues: [C] whether the chain's document began before the call, so that it starts from the entering memory.
-    event: [E] the write (token row * K + k) of table row C + i.
-    token: [E] its token row.
-    write_row: [R, K] table row of the state after each write.
-    read_row: [R, K'] table row of the state that each read sees.
-    ends: [F] chains whose documents are alive at the call's end, end_row: [F] table row of their last state.
-    row_continues: [B] whether the document alive at the end began before the call.
+    block: chains that advance together.
     """
 
+    chains: int
     alive: list[int]
-    memory_row: Tensor
-    continues: Tensor
-    event: Tensor
-    token: Tensor
-    write_row: Tensor
-    read_row: Tensor
-    ends: Tensor
-    end_row: Tensor
-    row_continues: Tensor
-
-    @property
-    def chains(self) -> int:
-        return self.memory_row.shape[0]
+    block: int
 
     def spans(self) -> list[Span]:
-        """The order in which the chains advance: a block of chains at a time, each from its first write to its last.
+        """A block of chains at a time, each from its first write to its last.
 
         On a CPU a block's states fit the cache, which is worth several times the speed of taking all chains through
         each step; a GPU takes all of them.
         """
-        block = CACHED_CHAINS if self.event.device.type == "cpu" else max(self.chains, 1)
         return [
             Span(
-                slice(previous + low, previous + min(low + block, alive)),
-                slice(start + low, start + min(low + block, alive)),
-                slice(start - self.chains + low, start - self.chains + min(low + block, alive)),
+                slice(previous + low, previous + min(low + self.block, alive)),
+                slice(start + low, start + min(low + self.block, alive)),
+                slice(start - self.chains + low, start - self.chains + min(low + self.block, alive)),
             )
-            for low in range(0, self.chains, block)
+            for low in range(0, self.chains, self.block)
             for previous, start, alive in self._steps
             if low < alive
         ]
@@ -83,6 +64,37 @@ class Plan:
             steps.append((previous, start, alive))
             previous, start = start, start + alive
         return steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """C chains, E writes, R = B*T*H token rows, P = C + E rows of the state table.
+
+    schedule: the order in which the chains advance.
+    memory_row: [C] row of the flattened entering memory [B*H*M] that the chain's slot is.
+    continues: [C] whether the chain's document began before the call, so that it starts from the entering memory.
+    event: [E] the write (token row * K + k) of table row C + i.
+    token: [E] its token row.
+    write_row: [R, K] table row of the state after each write.
+    read_row: [R, K'] table row of the state that each read sees.
+    ends: [F] chains whose documents are alive at the call's end, end_row: [F] table row of their last state.
+    row_continues: [B] whether the document alive at the end began before the call.
+    """
+
+    schedule: Schedule
+    memory_row: Tensor
+    continues: Tensor
+    event: Tensor
+    token: Tensor
+    write_row: Tensor
+    read_row: Tensor
+    ends: Tensor
+    end_row: Tensor
+    row_continues: Tensor
+
+    @property
+    def chains(self) -> int:
+        return self.schedule.chains
 
 
 @torch.no_grad()
@@ -137,7 +149,7 @@ def make_plan(write_idx: Tensor, read_idx: Tensor, num_slots: int, doc_start: Te
     document_of = key // num_slots % documents
     ends = (document_of == document[:, -1].repeat_interleave(heads)[stream_of]).nonzero().squeeze(-1)
     return Plan(
-        alive=blocks[1:].tolist(),
+        schedule=Schedule(chains, blocks[1:].tolist(), CACHED_CHAINS if device.type == "cpu" else chains),
         memory_row=stream_of * num_slots + slot,
         continues=document_of == 0,
         event=event,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slotmamba_kernels.hksa.plan import Plan
+from slotmamba_kernels.hksa.plan import Plan, Schedule
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
@@ -37,9 +37,9 @@ class AffineScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, initial: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         table = torch.cat([initial, shift])
-        for before, after, event in plan.spans():
+        for before, after, event in plan.schedule.spans():
             table[after].addcmul_(table[before], scale[event])
-        ctx.plan = plan
+        ctx.schedule = plan.schedule
         ctx.save_for_backward(table, scale)
         return table
 
@@ -47,13 +47,13 @@ class AffineScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
         table, scale = ctx.saved_tensors
-        plan: Plan = ctx.plan
+        schedule: Schedule = ctx.schedule
         adjoint = grads[0].clone()
         d_scale = torch.empty_like(scale)
-        for before, after, event in reversed(plan.spans()):
+        for before, after, event in reversed(schedule.spans()):
             torch.mul(adjoint[after], table[before], out=d_scale[event])
             adjoint[before].addcmul_(adjoint[after], scale[event])
-        return None, adjoint[: plan.chains], d_scale, adjoint[plan.chains :]
+        return None, adjoint[: schedule.chains], d_scale, adjoint[schedule.chains :]
 
 
 class WriteScan(torch.autograd.Function):
@@ -79,21 +79,21 @@ class WriteScan(torch.autograd.Function):
     ) -> Tensor:
         table = initial.new_empty(plan.chains + len(plan.token), *initial.shape[1:])
         table[: plan.chains] = initial
-        for before, after, event in plan.spans():
+        for before, after, event in plan.schedule.spans():
             state = table[after]
             torch.mul(table[before], decay[event].view(-1, 1, 1), out=state)
             _householder(state, rows(k, plan.token[event]), rows(u, plan.token[event]), step[event])
             if keep is not None and add is not None:
                 state.mul_(keep[event].unsqueeze(-1)).add_(add[event])
-        ctx.plan = plan
-        ctx.save_for_backward(table, k, u, decay, step, keep, add)
+        ctx.schedule = plan.schedule
+        ctx.save_for_backward(table, k, u, decay, step, keep, add, plan.token, plan.write_row)
         return table
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        table, k, u, decay, step, keep, add = ctx.saved_tensors
-        plan: Plan = ctx.plan
+        table, k, u, decay, step, keep, add, token, write_row = ctx.saved_tensors
+        schedule: Schedule = ctx.schedule
         events, n = step.shape
         adjoint = grads[0].clone()
         d_decay, d_step = torch.empty_like(decay), torch.empty_like(step)
@@ -103,8 +103,8 @@ class WriteScan(torch.autograd.Function):
         d_k_event = k.new_empty(events, n, k.shape[-1])
         d_u_event = u.new_empty(events, n, *u.shape[2:])
 
-        for before, after, event in reversed(plan.spans()):
-            k_t, u_t, step_t = rows(k, plan.token[event]), rows(u, plan.token[event]), step[event]
+        for before, after, event in reversed(schedule.spans()):
+            k_t, u_t, step_t = rows(k, token[event]), rows(u, token[event]), step[event]
             state = table[before]
             states = _householder_states(state * decay[event].view(-1, 1, 1), k_t, u_t, step_t)
             grad = adjoint[after]
@@ -123,11 +123,11 @@ class WriteScan(torch.autograd.Function):
             d_decay[event] = (grad * state).sum((1, 2))
             adjoint[before].addcmul_(grad, decay[event].view(-1, 1, 1))
 
-        writes = (plan.write_row - plan.chains).unsqueeze(1) * n  # [R, 1, K]
+        writes = (write_row - schedule.chains).unsqueeze(1) * n  # [R, 1, K]
         bags = (writes + torch.arange(n, device=k.device).view(-1, 1)).flatten(0, 1)
         d_k = segment_sum(d_k_event.flatten(0, 1), bags).view_as(k)
         d_u = segment_sum(d_u_event.view(events * n, -1), bags).view_as(u)
-        return None, adjoint[: plan.chains], d_k, d_u, d_decay, d_step, d_keep, d_add
+        return None, adjoint[: schedule.chains], d_k, d_u, d_decay, d_step, d_keep, d_add
 
 
 def _householder(state: Tensor, k: Tensor, u: Tensor, step: Tensor) -> None:

@@ -30,7 +30,7 @@ DENSE_SLOTS = 4096  # heads with more slots than this leave a sparse memory, unl
 RECOMPUTED_BYTES = 2**28  # of the tables of a stretch when they are made again in the backward pass
 PLAN_TENSORS = 9
 MEMORY_TENSORS = 5  # S_k, S_v, z, surprise, slots
-TABLE_TENSORS = 4
+TABLE_TENSORS = 5
 STRETCH_TENSORS = PLAN_TENSORS + MEMORY_TENSORS + TABLE_TENSORS
 
 
@@ -52,7 +52,8 @@ def hksa_triton(
     surprise: Surprise | None,
     inject: Inject | None,
     recompute: bool,
-) -> tuple[Tensor, SlotState]:
+    return_state: bool,
+) -> tuple[Tensor, SlotState | None]:
     """See `slotmamba_kernels.hksa`; the arguments are checked and as the caller gave them."""
     a_s, eta = surprise or (None, None)
     c_k, c_v, lam_k, lam_v = inject or (None, None, None, None)
@@ -60,11 +61,13 @@ def hksa_triton(
     entering = (None, None, None, None) if state is None else tuple(x.float() for x in state_tensors(state))
     results = hksa_forward(
         q, k, u_k, u_v, beta, write_idx, write_w, read_idx, read_w, gamma,
-        a_s, eta, c_k, c_v, lam_k, lam_v, *entering, slots, doc_start, num_slots, recompute,
+        a_s, eta, c_k, c_v, lam_k, lam_v, *entering, slots, doc_start, num_slots, recompute, return_state,
     )  # fmt: skip
+    if not return_state:
+        return results[0], None
     o, S_k, S_v, z, score, left = results[:6]
     if _leaves_sparse(state is not None, slots, num_slots):
-        return o, SparseSlotState(S_k, S_v, z, score, slots=left, num_slots=num_slots)
+        return o, SparseSlotState(S_k, S_v, z, score, slots=left, slots_in_all=num_slots)
     return o, SlotState(S_k, S_v, z, score)
 
 
@@ -94,8 +97,10 @@ def hksa_forward(
     doc_start: Tensor | None,
     num_slots: int,
     recompute: bool,
+    return_state: bool,
 ) -> list[Tensor]:
-    """o; the leaving S_k, S_v, z, surprise and slots (empty when dense); what `hksa_backward` needs, by stretch."""
+    """o; the leaving S_k, S_v, z, surprise and slots (empty when dense, all empty without return_state); what
+    `hksa_backward` needs, by stretch."""
     x = _inputs(q, k, u_k, u_v, beta, write_w, read_w, gamma, a_s, eta, c_k, c_v, lam_k, lam_v)
     write_idx, read_idx = write_idx.int().contiguous(), read_idx.int().contiguous()
     memory = _memory(S_k, S_v, z, surprise, slots)
@@ -107,19 +112,20 @@ def hksa_forward(
         plan = make_event_plan(
             write_idx, read_idx, num_slots, start=start, length=length, doc_start=doc_start, **_entering(memory)
         )
-        left_slots = None
-        if sparse:
-            left_slots = leaving_slots(plan.leaving, None if memory is None else memory.slots, continues, num_slots)
-            plan = plan.with_leaving(leaving_rows(plan.leaving, left_slots))
-        leaving = carried(memory, continues, left_slots, q, num_slots)
-        at = Stretch(start, length, plan)
         entering = None if memory is None else memory.state
+        left_slots, leaving = None, None
+        leaves = return_state or start + length < q.shape[1]
+        if leaves and sparse:
+            left_slots = leaving_slots(plan.leaving, None if memory is None else memory.slots, continues, num_slots)
+            plan = plan.with_leaving(leaving_rows(plan.leaving, left_slots, num_slots))
+        if leaves:
+            leaving = carried(memory, continues, left_slots, q, num_slots)
+        at = Stretch(start, length, plan)
         table = write_forward(x, at, entering, leaving, num_slots)
         read_tokens(x, at, entering, table, num_slots, o)
         saved += [*plan.tensors(), *_memory_tensors(memory if start else None, q)]
         saved += _table_tensors(None if recompute else table, q)
-        memory = Memory(leaving, left_slots)
-    assert memory is not None
+        memory = None if leaving is None else Memory(leaving, left_slots)
     return [o, *_memory_tensors(memory, q), *saved]
 
 
@@ -195,7 +201,7 @@ DIFFERENTIABLE = (
 )  # fmt: skip
 ARGUMENTS = (
     "q", "k", "u_k", "u_v", "beta", "write_idx", "write_w", "read_idx", "read_w", "gamma", *DIFFERENTIABLE[8:],
-    "slots", "doc_start", "num_slots", "recompute",
+    "slots", "doc_start", "num_slots", "recompute", "return_state",
 )  # fmt: skip
 
 
@@ -205,19 +211,20 @@ def _forward_results(*arguments: Any) -> list[Tensor]:
     named = dict(zip(ARGUMENTS, arguments, strict=True))
     q, slots, num_slots, recompute = (named[name] for name in ("q", "slots", "num_slots", "recompute"))
     x = _inputs(*(named[name] for name in DIFFERENTIABLE[:14]))
-    batch, _, heads, _, writes, reads, _ = x.sizes
+    batch, tokens, heads, _, writes, reads, _ = x.sizes
     memory = _memory(*(named[name] for name in DIFFERENTIABLE[14:]), slots)
     sparse = _leaves_sparse(memory is not None, slots, num_slots)
     saved: list[Tensor] = []
     for start, length in _stretches(x, recompute):
         continues = _continues(named["doc_start"], start, length, q)
         plan = EventPlan.empty(batch, length, heads, writes, reads, num_slots, q.device)
+        saved += [*plan.tensors(), *_memory_tensors(memory if start else None, q)]
+        saved += _table_tensors(None if recompute else Table.empty(x, length), q)
         left_slots = None
         if sparse:
             left_slots = leaving_slots(plan.leaving, None if memory is None else memory.slots, continues, num_slots)
-        saved += [*plan.tensors(), *_memory_tensors(memory if start else None, q)]
-        saved += _table_tensors(None if recompute else Table.empty(x, length), q)
-        memory = Memory(carried(memory, continues, left_slots, q, num_slots), left_slots)
+        leaves = named["return_state"] or start + length < tokens
+        memory = Memory(carried(memory, continues, left_slots, q, num_slots), left_slots) if leaves else None
     return [torch.empty_like(x.q), *_memory_tensors(memory, q), *saved]
 
 
@@ -323,12 +330,13 @@ def _unpacked(
     """A stretch, the memory that entered it (None for the first) and its table (None when it is to be made again)."""
     plan = EventPlan(*kept[:PLAN_TENSORS])
     S_k, S_v, z, surprise, slots = kept[PLAN_TENSORS : PLAN_TENSORS + MEMORY_TENSORS]
-    contents, z_after, surprise_after, errors = kept[PLAN_TENSORS + MEMORY_TENSORS :]
+    contents, z_after, alongs, surprise_after, errors = kept[PLAN_TENSORS + MEMORY_TENSORS :]
     memory = Memory(SlotState(S_k, S_v, z, surprise), slots if slots.numel() else None) if start else None
     table = None
     if not recompute:
         with_surprise = surprise_after.numel() > 0
-        table = Table(contents, z_after, surprise_after if with_surprise else None, errors if with_surprise else None)
+        scores = (surprise_after, errors) if with_surprise else (None, None)
+        table = Table(contents, z_after, alongs, *scores)
     return Stretch(start, length, plan), memory, table
 
 

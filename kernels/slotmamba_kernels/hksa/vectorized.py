@@ -108,7 +108,7 @@ def _prediction_errors(states: Tensor, z: Tensor, beta: Tensor, u: Tensor, plan:
     total = beta.sum(1).clamp(min=MIN_BETA_SUM)
     mean = torch.einsum("rn,rncd->rcd", beta, u) / total.view(-1, 1, 1)
     errors = states.new_empty(len(plan.token), 2)
-    for before, _, event in plan.spans():
+    for before, _, event in plan.schedule.spans():
         held = states[before] / z[before].view(-1, 1, 1)
         errors[event] = (held - rows(mean, plan.token[event])).square().mean(-1)
     return rows(errors, plan.write_row - plan.chains)
