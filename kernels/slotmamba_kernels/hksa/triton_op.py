@@ -103,6 +103,7 @@ def hksa_forward(
     `hksa_backward` needs, by stretch."""
     x = _inputs(q, k, u_k, u_v, beta, write_w, read_w, gamma, a_s, eta, c_k, c_v, lam_k, lam_v)
     write_idx, read_idx = write_idx.int().contiguous(), read_idx.int().contiguous()
+    doc_start = None if doc_start is None else doc_start.contiguous()
     memory = _memory(S_k, S_v, z, surprise, slots)
     sparse = _leaves_sparse(memory is not None, slots, num_slots)
     o = torch.empty_like(x.q)
