@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.hksa_cases import STATE, Case, random_case, weighted_sum
+from tests.kernels.hksa_cases import Case, random_case, weighted_sum
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -59,17 +60,22 @@ def in_float64(case: Case) -> Case:
     return case.with_tensors(**{name: x.double() for name, x in case.tensors.items() if x.is_floating_point()})
 
 
+def choose_stretch(case: Case, tokens: int | None, monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """Arguments of hksa for stretches of this many tokens."""
+    from slotmamba_kernels.hksa import triton_op
+
+    if tokens is None:
+        return {"recompute": False}
+    batch, _, heads, dim = case.tensors["q"].shape
+    token = batch * heads * case.tensors["write_w"].shape[-1] * 2 * dim * case.tensors["q"].element_size()
+    monkeypatch.setattr(triton_op, "RECOMPUTED_BYTES", tokens * token)
+    return {"recompute": True}
+
+
 def dense_outputs(case: Case, backend: str, **options: Any) -> dict[str, Tensor]:
     """Outputs by name as `Case.outputs` has them, the leaving memory with a row for each slot."""
     o, state = case.call(backend, **options)
-    memory = {name: getattr(state, name) for name in STATE}
-    slots = getattr(state, "slots", None)
-    if slots is not None:
-        place = slots.long()
-        for name, x in memory.items():
-            rows = x.new_full((*x.shape[:2], case.num_slots + 1, *x.shape[3:]), 1 / case.num_slots if name == "z" else 0)
-            memory[name] = rows.scatter(2, place if x.ndim == 3 else place.unsqueeze(-1).expand_as(x), x)[:, :, :-1]
-    return {"o": o, **memory}
+    return {"o": o, **vars(state.dense())}
 
 
 def values(case: Case, backend: str, seeds: Sequence[int] = (5,), **options: Any) -> list[dict[str, Tensor]]:
@@ -98,7 +104,9 @@ def assert_near(case: Case, got: dict[str, Tensor], definition: str = "reference
     tolerance = TOLERANCES[case.tensors["q"].dtype]
     assert got.keys() == want.keys()
     for name, x in got.items():
-        dtype = case.tensors["q" if name == "o" else name[2:]].dtype if name == "o" or name[:2] == "d_" else torch.float32
+        dtype = (
+            case.tensors["q" if name == "o" else name[2:]].dtype if name == "o" or name[:2] == "d_" else torch.float32
+        )
         assert x.dtype == dtype and x.shape == want[name].shape, name
         scale = case.tensors["read_w"].double().clamp(min=1e-30) if name == "d_read_w" else 1.0
         norm = max(float((scale * result[name]).norm()) for result in (want, *others))

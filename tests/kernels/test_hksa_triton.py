@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from slotmamba_kernels.hksa import triton_op
+from slotmamba_kernels import SlotState
 from tests.kernels.hksa_cases import Case
-from tests.kernels.hksa_grid import DEVICE, assert_near, device_case, pairwise, values
+from tests.kernels.hksa_grid import DEVICE, assert_near, choose_stretch, device_case, pairwise, values
 from tests.kernels.test_hksa_backends import SHAPES
 from tests.seeds import seed_afresh
 
@@ -52,16 +52,6 @@ if DEVICE == "cuda":
 GRID = pairwise(SIZES | FEATURES)
 
 
-def choose_stretch(case: Case, tokens: int | None, monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
-    """Arguments of hksa for stretches of this many tokens."""
-    if tokens is None:
-        return {"recompute": False}
-    batch, _, heads, dim = case.tensors["q"].shape
-    token = batch * heads * case.tensors["write_w"].shape[-1] * 2 * dim * case.tensors["q"].element_size()
-    monkeypatch.setattr(triton_op, "RECOMPUTED_BYTES", tokens * token)
-    return {"recompute": True}
-
-
 def assert_equal_to_reference(case: Case, stretch: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, length, heads, dim = case.tensors["q"].shape
     # The definition copies the whole memory at every token.
@@ -84,8 +74,63 @@ def test_every_pair_of_features_and_sizes(
 
 @pytest.mark.parametrize("number", range(len(SHAPES)), ids=SHAPES.keys())
 def test_shapes_of_the_torch_backend(number: int, monkeypatch: pytest.MonkeyPatch, many_chains: None) -> None:
-    """With and without injection and recomputation by turns; on a GPU every one with both."""
+    """With and without injection and stretches by turns; in the interpreter with fewer streams."""
     seed_afresh()
-    options = {"batch": 2 if DEVICE == "cuda" else 1} | list(SHAPES.values())[number]
-    case = device_case(**options, inject=DEVICE == "cuda" or number % 2 == 0)
+    options = list(SHAPES.values())[number]
+    if DEVICE == "cpu":
+        options = options | {"batch": 1, "heads": 1 + number % 2}
+    case = device_case(**options, inject=number % 2 == 0)
     assert_equal_to_reference(case, None if number % 3 else 4, monkeypatch)
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_everything_in_half_precision(half: torch.dtype) -> None:
+    """Addresses, decay and entering memory too, although a model has them in float32."""
+    seed_afresh()
+    case = device_case(batch=1, length=5, dim=32, documents=True, inject=True)
+    rounded = {name: x.to(half) for name, x in case.tensors.items() if x.is_floating_point()}
+    case = case.with_tensors(**rounded)
+    assert_near(case, values(case, "triton")[0])
+
+
+def sparse_addresses(case: Case, num_slots: int) -> Case:
+    """The case with its slots scattered over this many."""
+    spread = torch.randperm(num_slots, device=DEVICE)[: case.num_slots].int()
+    moved = {name: spread[case.tensors[name].long()] for name in ("write_idx", "read_idx")}
+    return Case({**case.tensors, **moved}, num_slots, case.doc_start)
+
+
+@pytest.mark.parametrize("enters", [False, True], ids=["", "dense"])
+@pytest.mark.parametrize("stretch", [None, 3], ids=["", "stretches"])
+def test_many_slots_of_which_few_are_touched(
+    stretch: int | None, enters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4^10 slots on a GPU; into and out of a dense memory, or a sparse one."""
+    seed_afresh()
+    num_slots = 4**10 if DEVICE == "cuda" else 4**7
+    case = device_case(
+        batch=1, heads=1, length=7, num_slots=9, dim=32, documents=not enters, inject=enters, state=False
+    )
+    case = sparse_addresses(case, num_slots)
+    if enters:
+        memory = SlotState.initial(1, 1, num_slots, 32, device=DEVICE).map(lambda x: x + torch.rand_like(x))
+        case = case.entering(memory)
+    options = choose_stretch(case, 3 if stretch else None, monkeypatch)
+    assert_near(case, values(case, "triton", **options)[0], "torch")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA: too large for the interpreter")
+@pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize("skewed", [False, True], ids=["", "skewed"])
+def test_at_length(skewed: bool, documents: bool, activations: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a model calls it, against the torch backend in float64: sizes at which programs and buckets fill up.
+
+    skewed: all tokens of a head write and read the same slots, in chains of as many writes as tokens.
+    """
+    seed_afresh()
+    case = device_case(
+        activations, batch=2, heads=8, length=1021, dim=64, writes=8, reads=8, num_slots=1024, documents=documents,
+        same_slots=skewed, extremes=False, inject=not documents,
+    )  # fmt: skip
+    assert_near(case, values(case, "triton", **choose_stretch(case, None if skewed else 300, monkeypatch))[0], "torch")
