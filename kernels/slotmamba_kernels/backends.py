@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 CHECKED_GPUS = frozenset({(9, 0)})
 """Compute capabilities on which the full test grid of the Triton kernels has passed: `auto` picks them there."""
 
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,22 +37,17 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
-def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _checked(x: Tensor) -> bool:
-    return (
-        x.is_cuda
-        and x.dtype in TRITON_DTYPES
-        and triton_installed()
-        and torch.cuda.get_device_capability(x.device) in CHECKED_GPUS
-    )
+    return x.is_cuda and x.dtype in TRITON_DTYPES and TRITON_INSTALLED and _is_checked_gpu(x.device)
+
+
+@torch.compiler.assume_constant_result
+def _is_checked_gpu(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) in CHECKED_GPUS
 
 
 def _require_triton(op: str, x: Tensor) -> None:
-    if not triton_installed():
+    if not TRITON_INSTALLED:
         raise ValueError(f"{op}: backend 'triton' needs the package triton: pip install 'slotmamba[gpu]'")
     if x.dtype not in TRITON_DTYPES:
         raise ValueError(f"{op}: backend 'triton' takes float32, bfloat16 or float16, not {x.dtype}; use 'torch'")

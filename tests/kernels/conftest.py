@@ -8,7 +8,7 @@ import pytest
 
 from slotmamba_kernels import backends
 
-if backends.triton_installed() and backends.interpreting():
+if backends.TRITON_INSTALLED and backends.interpreting():
     from triton.runtime.interpreter import InterpretedFunction
 
     _call, _called = InterpretedFunction.__call__, set()
