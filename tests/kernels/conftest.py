@@ -11,7 +11,8 @@ from slotmamba_kernels import backends
 if backends.TRITON_INSTALLED and backends.interpreting():
     from triton.runtime.interpreter import InterpretedFunction
 
-    _call, _called = InterpretedFunction.__call__, set()
+    _call = InterpretedFunction.__call__
+    _called: set[str] = set()
 
     def _call_within_a_kernel(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.fn.__module__ in _called:

@@ -29,7 +29,7 @@ if DEVICE == "cuda":
 Run = Callable[[], dict[str, Tensor]]
 
 
-@pytest.fixture(params=CALLS.values(), ids=CALLS.keys())
+@pytest.fixture(params=list(CALLS.values()), ids=list(CALLS))
 def call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, many_chains: None) -> tuple[Case, Run]:
     """A case, and running it: outputs and gradients."""
     seed_afresh()

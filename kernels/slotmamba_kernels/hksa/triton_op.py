@@ -213,7 +213,7 @@ def _forward_results(*arguments: Any) -> list[Tensor]:
     q, slots, num_slots, recompute = (named[name] for name in ("q", "slots", "num_slots", "recompute"))
     x = _inputs(*(named[name] for name in DIFFERENTIABLE[:14]))
     batch, tokens, heads, _, writes, reads, _ = x.sizes
-    memory = _memory(*(named[name] for name in DIFFERENTIABLE[14:]), slots)
+    memory = _memory(*(named[name] for name in (*DIFFERENTIABLE[14:], "slots")))
     sparse = _leaves_sparse(memory is not None, slots, num_slots)
     saved: list[Tensor] = []
     for start, length in _stretches(x, recompute):
