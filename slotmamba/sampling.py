@@ -56,7 +56,10 @@ def sample(
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities, tokens = (logits.double() / temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
+    logits = logits.double()
+    # The largest is 0 before it is divided, so that no temperature, however small, makes two infinities of two logits.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    probabilities, tokens = scaled.softmax(-1).sort(stable=True, dim=-1, descending=True)
     if top_k is not None:
         probabilities = probabilities[:, :top_k] / probabilities[:, :top_k].sum(-1, keepdim=True)
     if top_p is not None:

@@ -71,11 +71,9 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
-            reason = (
-                "holds no manifest.json, so it is not a complete folder of shards"
-                if folder.is_dir()
-                else "does not exist"
-            )
+            reason = "is a file, not a folder of shards" if folder.exists() else "does not exist"
+            if folder.is_dir():
+                reason = "holds no manifest.json, so it is not a complete folder of shards"
             inner = [name for name in ("train", "val") if (folder / name / MANIFEST_NAME).is_file()]
             hint = f"; did you mean {folder / inner[0]}?" if inner else ": build it with `slotmamba data build`"
             raise InputError(f"{folder} {reason}{hint}")

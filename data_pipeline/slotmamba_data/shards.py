@@ -71,8 +71,10 @@ class ShardWriter:
         about: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
-        if vocab_size < 1 or shard_bytes < 1:
-            raise InputError(f"vocab_size={vocab_size}, shard_bytes={shard_bytes}: expected at least 1")
+        if not 1 <= vocab_size <= 2**31 or shard_bytes < 1:
+            raise InputError(
+                f"vocab_size={vocab_size}, shard_bytes={shard_bytes}: expected at least 1, and at most 2^31 tokens"
+            )
         if form == "seq2seq" and kind != "mqar":
             raise InputError(f"shards of kind {kind} have no seq2seq form")
         self._target = self.folder = Path(folder)

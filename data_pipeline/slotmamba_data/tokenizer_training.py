@@ -168,8 +168,9 @@ def train_tokenizer(
         "input_sentence_size": input_sentence_size,
         "seed": seed,
     }
-    if input_sentence_size < 1:
-        raise InputError(f"input_sentence_size={input_sentence_size}: expected at least 1")
+    for name in ("vocab_size", "input_sentence_size"):
+        if arguments[name] < 1:
+            raise InputError(f"{name}={arguments[name]}: expected at least 1")
     corpus = _Corpus(inputs)
     sentences = corpus.sample(input_sentence_size, seed)
     if not sentences:

@@ -230,11 +230,14 @@ class SlotMemory(nn.Module):
         """q [B, T, H, d], k, u_k, u_v [B, T, H, n, d] and beta [B, T, H, n] of the tokens x [B, T, C]."""
         per_head = (*x.shape[:2], self.heads, self.dim)
         per_step = (*x.shape[:2], self.heads, self.config.householder_steps, self.dim)
+        u_v = self.u_v_proj(x).view(per_step)
+        # Autocast norms in float32. The op computes in float32 whatever it is given, but keeps the dtype of its inputs
+        # for what waits in memory.
         return (
-            F.rms_norm(self.q_proj(x).view(per_head), (self.dim,)),
-            F.normalize(self.k_proj(x).view(per_step), dim=-1),
-            F.rms_norm(self.u_k_proj(x).view(per_step), (self.dim,)),
-            self.u_v_proj(x).view(per_step),
+            F.rms_norm(self.q_proj(x).view(per_head), (self.dim,)).to(u_v.dtype),
+            F.normalize(self.k_proj(x).view(per_step), dim=-1).to(u_v.dtype),
+            F.rms_norm(self.u_k_proj(x).view(per_step), (self.dim,)).to(u_v.dtype),
+            u_v,
             2 * self.beta_proj(x).view(per_step[:-1]).sigmoid(),
         )
 

@@ -129,6 +129,9 @@ def test_missing_file_is_named(shards: tuple[Path, list[np.ndarray]], name: str,
 def test_missing_folder_and_folder_of_splits(tmp_path: Path, make_shards: Any) -> None:
     with pytest.raises(ValueError, match=r"none does not exist: build it with `slotmamba data build`"):
         ShardFolder(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file is a file, not a folder of shards: build it with"):
+        ShardFolder(tmp_path / "file")
     make_shards(tmp_path / "out/val", [5])
     with pytest.raises(ValueError, match=r"did you mean .*out/val"):
         ShardFolder(tmp_path / "out")
@@ -213,6 +216,9 @@ def test_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
             writer.add(tokens, labels=tokens, encoder=tokens)
     with pytest.raises(ValueError, match="no seq2seq form"):
         ShardWriter(tmp_path / "other", vocab_size=5, form="seq2seq")
+    for vocab_size in (0, 2**31 + 1):
+        with pytest.raises(ValueError, match=rf"vocab_size={vocab_size}, .*: expected .* at most 2\^31 tokens"):
+            ShardWriter(tmp_path / "other", vocab_size=vocab_size)
 
 
 def test_failed_writer_leaves_nothing(tmp_path: Path) -> None:

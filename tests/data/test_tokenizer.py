@@ -120,6 +120,7 @@ def test_long_lines_are_split_between_words_and_characters() -> None:
     ("text", "vocab_size", "message"),
     [
         ("some words", 100_000, r"cannot train 100000 tokens: Vocabulary size too high.*<= \d+"),
+        ("some words", 0, "vocab_size=0: expected at least 1"),
         ("some words", 100, "cannot train 100 tokens: Vocabulary size is smaller than required_chars"),
         ("\n\n", 300, "no line of text"),
     ],

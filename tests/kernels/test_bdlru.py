@@ -122,7 +122,7 @@ def test_bfloat16_inputs_are_computed_in_float32(backend: str) -> None:
         ({"state": torch.zeros(1, 4)}, "state has shape"),
         ({"doc_start": torch.zeros(5, dtype=torch.long)}, "doc_start has shape"),
         ({"doc_start": torch.zeros(2, 5)}, "doc_start is torch.float32"),
-        ({"backend": "triton"}, "unknown backend 'triton'"),
+        ({"backend": "cudnn"}, "unknown backend 'cudnn'"),
     ],
 )
 def test_wrong_arguments_are_refused(change: dict[str, Tensor | str], message: str) -> None:

@@ -20,7 +20,7 @@ def run_python(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["hksa", "norm_loss"])
+@pytest.mark.parametrize("name", ["hksa", "norm_loss", "slot_state"])
 def test_help(name: str) -> None:
     assert "--json" in run_python(str(BENCHMARKS / f"{name}.py"), "--help")
 

@@ -67,11 +67,13 @@ class Case:
             write, read = (
                 kronecker_topk(arguments.pop(f"{name}_logits"), top_k, "torch") for name in ("write", "read")
             )
-            o, state = hksa(
+            o, after = hksa(
                 **arguments, write_idx=write[0], write_w=write[1], read_idx=read[0], read_w=read[1],
                 gamma=case.shared["gamma"], surprise=case.shared["surprise"],
                 num_slots=state.z.shape[-1], state=state, backend="reference",
             )  # fmt: skip
+            assert after is not None
+            state = after
             outputs.append(o.squeeze(1))
         return torch.stack(outputs), state
 

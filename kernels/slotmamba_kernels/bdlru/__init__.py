@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slotmamba_kernels.backends import choose_backend
 from slotmamba_kernels.bdlru.reference import bdlru_reference
 from slotmamba_kernels.bdlru.vectorized import bdlru_torch
 from slotmamba_kernels.dtypes import state_dtype
@@ -12,6 +13,7 @@ from slotmamba_kernels.dtypes import state_dtype
 __all__ = ["bdlru"]
 
 BACKENDS = {"reference": bdlru_reference, "torch": bdlru_torch}
+TRITON_BLOCK_SIZES = (1, 2, 4, 8, 16)
 
 
 def bdlru(
@@ -37,23 +39,35 @@ def bdlru(
         doc_start: [B, T] integers, index counted from the call's first token of the first token of t's document;
             negative when it began before the call. A document's first token sees zeros as the state before it. None:
             one document, that of the entering state.
-        backend: "reference" (token by token), "torch" (chunked scan) or "auto", which is "torch".
+        backend: "reference" (token by token), "torch" (chunked scan), "triton" (GPU kernels; m is 1, 2, 4, 8 or 16,
+            v float32, bfloat16 or float16) or "auto", which is "triton" on GPUs where it was checked, else "torch".
+            "triton" keeps no state but h for the backward pass: gates get their gradient from h in v's precision.
 
     Returns:
         h [B, T, D] in v's dtype, and the leaving state [B, D].
 
     Raises:
-        ValueError: an unknown backend, or shapes or dtypes that do not fit together.
+        ValueError: a backend that is unknown or cannot run here, or shapes or dtypes that do not fit together.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"bdlru: unknown backend {backend!r}, expected one of auto, {', '.join(BACKENDS)}")
     _check(v, gates, state, doc_start)
+    chosen = _choose_backend(backend, v, m=gates.shape[3])
     dtype = state_dtype(v)
     if state is None:
         state = v.new_zeros(v.shape[0], v.shape[2], dtype=dtype)
-    run = BACKENDS["torch" if backend == "auto" else backend]
-    h, state = run(v.to(dtype), gates.to(dtype), state.to(dtype), doc_start)
+    if chosen == "triton":
+        from slotmamba_kernels.bdlru.triton_op import bdlru_triton
+
+        return bdlru_triton(v, gates, state.to(dtype), doc_start)
+    h, state = BACKENDS[chosen](v.to(dtype), gates.to(dtype), state.to(dtype), doc_start)
     return h.to(v.dtype), state
+
+
+def _choose_backend(backend: str, v: Tensor, m: int) -> str:
+    fits = m in TRITON_BLOCK_SIZES
+    if backend == "triton" and not fits:
+        sizes = ", ".join(map(str, TRITON_BLOCK_SIZES))
+        raise ValueError(f"bdlru: backend 'triton' takes blocks of {sizes} channels, not {m}; use 'torch'")
+    return choose_backend("bdlru", backend, v, (*BACKENDS, "triton") if fits else tuple(BACKENDS))
 
 
 def _check(v: Tensor, gates: Tensor, state: Tensor | None, doc_start: Tensor | None) -> None:

@@ -16,6 +16,9 @@ __all__ = ["SlotState", "hksa", "hksa_step_"]
 
 BACKENDS: dict[str, Run] = {"reference": hksa_reference, "torch": hksa_torch}
 
+# What the kernels have been tested for: beyond it their programs would no longer fit the registers.
+MAX_DIM, MAX_STEPS, MAX_ACTIVE = 256, 4, 32
+
 
 def hksa(
     q: Tensor,
@@ -60,7 +63,8 @@ def hksa(
         surprise: (a_s [H], eta [H]) in (0, 1); None leaves the surprise of the state as it is.
         inject: (c_k, c_v [B, T, H, K, d], lam_k, lam_v [B, T, H, K]) of the encoder injection, or None.
         backend: "reference" (token by token), "torch" (vectorised over slots), "triton" (GPU kernels, for inputs in
-            float32, bfloat16 or float16), or "auto": "triton" on GPUs that it has been checked on, else "torch".
+            float32, bfloat16 or float16, d <= 256, n <= 4, K and K' <= 32), or "auto": "triton" on GPUs that it has
+            been checked on, for what it takes, else "torch".
         recompute: keep only the inputs and the memory at the boundaries of stretches of tokens for the backward pass;
             everything between is computed again there. Same values, less memory, one more forward pass.
         return_state: False for a caller that has no use for the leaving memory, which is then not made, nor is the
@@ -73,12 +77,19 @@ def hksa(
         ValueError: an unknown backend or one that cannot run here, shapes that do not fit, or (looked for on a CPU)
             slots that do not exist.
     """
-    chosen = choose_backend("hksa", backend, q, (*BACKENDS, "triton"))
     named = {
         "q": q, "k": k, "u_k": u_k, "u_v": u_v, "beta": beta, "write_idx": write_idx, "write_w": write_w,
         "read_idx": read_idx, "read_w": read_w, "gamma": gamma,
     }  # fmt: skip
     check_arguments(named, num_slots, state, doc_start, surprise, inject)
+    fits = fits_triton(named)
+    if backend == "triton" and not fits:
+        raise ValueError(
+            f"hksa: backend 'triton' takes d <= {MAX_DIM}, {MAX_STEPS} Householder steps and {MAX_ACTIVE} active slots "
+            f"at most; k has shape {tuple(k.shape)}, write_idx {tuple(write_idx.shape)}, read_idx "
+            f"{tuple(read_idx.shape)}: use 'torch' or 'auto'"
+        )
+    chosen = choose_backend("hksa", backend, q, (*BACKENDS, "triton") if fits else BACKENDS)
     if not return_state:
         surprise = None  # what a token reads does not depend on it
     if chosen == "triton":
@@ -93,3 +104,10 @@ def hksa(
         inject=inject, recompute=recompute,
     )  # fmt: skip
     return o, leaving if return_state else None
+
+
+def fits_triton(named: dict[str, Tensor]) -> bool:
+    """Whether the kernels take vectors and numbers of steps and slots of these sizes."""
+    steps, dim = named["k"].shape[3:]
+    active = max(named["write_idx"].shape[-1], named["read_idx"].shape[-1])
+    return dim <= MAX_DIM and steps <= MAX_STEPS and active <= MAX_ACTIVE

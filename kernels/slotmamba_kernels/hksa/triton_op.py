@@ -27,7 +27,7 @@ from slotmamba_kernels.hksa.launch import (
 from slotmamba_kernels.hksa.state import SlotState, SparseSlotState
 
 DENSE_SLOTS = 4096  # heads with more slots than this leave a sparse memory, unless they were given a dense one
-RECOMPUTED_BYTES = 2**28  # of the tables of a stretch when they are made again in the backward pass
+RECOMPUTED_BYTES = 2**29  # of the tables of a stretch when they are made again in the backward pass
 PLAN_TENSORS = 9
 MEMORY_TENSORS = 5  # S_k, S_v, z, surprise, slots
 TABLE_TENSORS = 5
