@@ -1,4 +1,7 @@
-"""Runs as `slotmamba train` leaves them, made once: a recipe, a checkpoint and what they refer to."""
+"""Runs as `slotmamba train` leaves them, made once: a recipe, a checkpoint and what they refer to.
+
+The fixtures import what they need themselves: the tests of the kernels run where nothing but torch and triton is.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,13 @@ import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from slotmamba.checkpoint import CheckpointStore
-from slotmamba.config import Recipe, load_recipe, save_recipe
-from slotmamba.models import build_model
-from slotmamba.optim import build_optimizer
-from slotmamba_data import Tokenizer, build_text, open_text, train_tokenizer
+if TYPE_CHECKING:
+    from slotmamba.config import Recipe
 
 # Before any kernel is imported: Triton decides then whether it interprets or compiles.
 if not torch.cuda.is_available():
@@ -37,11 +38,16 @@ data:
 train: {{steps: 1, global_batch_tokens: 512, micro_batch: 16}}
 """
 
-SaveRun = Callable[[Recipe], Path]
+SaveRun = Callable[["Recipe"], Path]
 
 
 @pytest.fixture(scope="session")
 def save_run() -> SaveRun:
+    from slotmamba.checkpoint import CheckpointStore
+    from slotmamba.config import save_recipe
+    from slotmamba.models import build_model
+    from slotmamba.optim import build_optimizer
+
     def save(recipe: Recipe) -> Path:
         """A run folder with a checkpoint of fresh weights."""
         torch.manual_seed(recipe.seed)
@@ -57,6 +63,9 @@ def save_run() -> SaveRun:
 @pytest.fixture(scope="session")
 def text_run(save_run: SaveRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of fresh weights whose training and validation text are two documents of 1 KiB by Jane Austen."""
+    from slotmamba.config import load_recipe
+    from slotmamba_data import Tokenizer, build_text, open_text, train_tokenizer
+
     folder = tmp_path_factory.mktemp("text")
     train_tokenizer(["austen:val"], folder / "tokenizer", vocab_size=600)
     tokenizer = Tokenizer(folder / "tokenizer")

@@ -38,12 +38,12 @@ def interpreting() -> bool:
 
 
 def _checked(x: Tensor) -> bool:
-    return (
-        x.is_cuda
-        and x.dtype in TRITON_DTYPES
-        and TRITON_INSTALLED
-        and torch.cuda.get_device_capability(x.device) in CHECKED_GPUS
-    )
+    return x.is_cuda and x.dtype in TRITON_DTYPES and TRITON_INSTALLED and _is_checked_gpu(x.device)
+
+
+@torch.compiler.assume_constant_result
+def _is_checked_gpu(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) in CHECKED_GPUS
 
 
 def _require_triton(op: str, x: Tensor) -> None:

@@ -54,7 +54,8 @@ class Case:
     def state(self) -> SlotState | None:
         return SlotState(*(self.tensors[name] for name in STATE)) if "z" in self.tensors else None
 
-    def call(self, backend: str = "torch") -> tuple[Tensor, SlotState]:
+    def call(self, backend: str = "torch", **options: Any) -> tuple[Tensor, SlotState]:
+        """options: further keyword arguments of hksa."""
         tensors: dict[str, Any] = dict(self.tensors)
         for names in (STATE, SURPRISE, INJECT):
             group = tuple(tensors.pop(name) for name in names if name in tensors)
@@ -62,7 +63,7 @@ class Case:
                 tensors["state" if names is STATE else "surprise" if names is SURPRISE else "inject"] = group
         if "state" in tensors:
             tensors["state"] = SlotState(*tensors["state"])
-        o, state = hksa(**tensors, num_slots=self.num_slots, doc_start=self.doc_start, backend=backend)
+        o, state = hksa(**tensors, num_slots=self.num_slots, doc_start=self.doc_start, backend=backend, **options)
         assert state is not None
         return o, state
 
@@ -80,9 +81,9 @@ class Case:
         return dict(zip(leaves, gradients, strict=True))
 
 
-def weighted_sum(outputs: dict[str, Tensor]) -> Tensor:
-    """A number that depends on every entry of the outputs: their product with fixed random weights."""
-    generator = torch.Generator().manual_seed(5)
+def weighted_sum(outputs: dict[str, Tensor], seed: int = 5) -> Tensor:
+    """A number that depends on every entry of the outputs: their product with random weights fixed by the seed."""
+    generator = torch.Generator().manual_seed(seed)
     terms = [
         (x.double() * torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x.device)).sum()
         for x in outputs.values()
@@ -134,7 +135,9 @@ def random_case(
         "gamma": 2 * uniform(heads),
     }
     if extremes:
-        _scatter_some(tensors["write_w"], WRITE_WEIGHTS)
+        # float32's nearest number to 0.999 lies above it, so in float64 it is on the other side.
+        weights = WRITE_WEIGHTS if dtype == torch.float64 else tuple(w for w in WRITE_WEIGHTS if w != 0.999)
+        _scatter_some(tensors["write_w"], weights)
         _scatter_some(tensors["read_w"], READ_WEIGHTS)
         _scatter_some(tensors["beta"], (0.0, 2.0))
     if state:

@@ -27,10 +27,15 @@ def _require_integers(name: str, tensor: Tensor) -> None:
         raise ValueError(f"hksa: {name} has dtype {tensor.dtype}, expected integers")
 
 
+def _has_values(x: Tensor) -> bool:
+    """Whether looking at the values costs nothing: on a GPU it waits, and while torch.compile traces there are none."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _require_slots(name: str, index: Tensor, num_slots: int) -> None:
-    """A slot that does not exist would be written into another head's memory. On a GPU looking would stall it."""
+    """A slot that does not exist would be written into another head's memory."""
     _require_integers(name, index)
-    if index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < num_slots:
+    if _has_values(index) and not 0 <= int(index.min()) <= int(index.max()) < num_slots:
         raise ValueError(
             f"hksa: {name} has slots from {int(index.min())} to {int(index.max())}, expected 0 to {num_slots - 1}"
         )
@@ -58,7 +63,7 @@ def _require_list(state: SparseSlotState, shape: tuple[int, int, int, int]) -> N
             f"hksa: state.slots has shape {tuple(slots.shape)} and dtype {slots.dtype}, expected int32 "
             f"({batch}, {heads}, R), R at least 1"
         )
-    if slots.device.type == "cpu":
+    if _has_values(slots):
         low, high = int(slots.min()), int(slots.max())
         filled = slots[..., 1:] == num_slots
         if not (0 <= low <= high <= num_slots and bool((filled | (slots[..., 1:] > slots[..., :-1])).all())):

@@ -60,6 +60,29 @@ class EventPlan:
     write_source: Tensor
     read_source: Tensor
 
+    @classmethod
+    def empty(
+        cls, batch: int, length: int, heads: int, writes: int, reads: int, num_slots: int, device: torch.device
+    ) -> EventPlan:
+        """A plan of this size that says nothing yet: B, L, H, K, K', M."""
+        streams, events = batch * heads, length * writes
+        buckets = ((num_slots - 1) >> bucket_shift(num_slots, events)) + 1
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=device)
+
+        return cls(
+            write_order=empty(streams, events),
+            previous=empty(streams, events),
+            leaving=empty(streams, events),
+            write_bucket=empty(streams, buckets + 1),
+            read_order=empty(streams, length * reads),
+            read_bucket=empty(streams, buckets + 1),
+            read_range=empty(streams, events, 2),
+            write_source=empty(batch, length, heads, writes),
+            read_source=empty(batch, length, heads, reads),
+        )
+
     @property
     def num_buckets(self) -> int:
         return self.write_bucket.shape[1] - 1
@@ -149,25 +172,10 @@ def make_event_plan(
     reads = read_idx.shape[3]
     length = tokens - start if length is None else length
     _check(write_idx, read_idx, start, length, doc_start, entering, entering_slots, leaving_slots)
-    streams, device = batch * heads, write_idx.device
+    streams = batch * heads
     counts = (length * writes, length * reads)
     sizes = _sizes(num_slots, streams, *counts)
-    buckets = ((num_slots - 1) >> sizes.bucket_shift) + 1
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
-
-    plan = EventPlan(
-        write_order=empty(streams, counts[0]),
-        previous=empty(streams, counts[0]),
-        leaving=empty(streams, counts[0]),
-        write_bucket=empty(streams, buckets + 1),
-        read_order=empty(streams, counts[1]),
-        read_bucket=empty(streams, buckets + 1),
-        read_range=empty(streams, counts[0], 2),
-        write_source=empty(batch, length, heads, writes),
-        read_source=empty(batch, length, heads, reads),
-    )
+    plan = EventPlan.empty(batch, length, heads, writes, reads, num_slots, write_idx.device)
     words = _sort(write_idx, read_idx, start, counts, plan, sizes)
     link_kernel[_ceil_div(max(counts), TILE), streams, 2](
         *words, plan.write_bucket,
@@ -175,7 +183,8 @@ def make_event_plan(
         plan.write_order, plan.previous, plan.leaving, plan.write_source,
         plan.read_order, plan.read_range, plan.read_source,
         start, length, tokens, heads,
-        *(0 if x is None else x.shape[1] for x in (entering_slots, leaving_slots)), buckets, sizes.bucket_shift,
+        *(0 if x is None else x.shape[1] for x in (entering_slots, leaving_slots)), plan.num_buckets,
+        sizes.bucket_shift,
         WRITES=writes, READS=reads, TILE=TILE, DOCUMENTS=doc_start is not None, ENTERING=entering,
         LEAVING="dense" if leaving_slots is None else "sparse", num_warps=4, num_stages=1,
     )  # fmt: skip

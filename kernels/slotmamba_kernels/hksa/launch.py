@@ -78,6 +78,18 @@ class Table:
     surprise: Tensor | None
     errors: Tensor | None
 
+    @classmethod
+    def empty(cls, x: Inputs, length: int) -> Table:
+        batch, _, heads, steps, writes, _, dim = x.sizes
+        scores, device = (batch * heads, length * writes), x.q.device
+        return cls(
+            contents=torch.empty(*scores, 2, dim, dtype=x.table_dtype, device=device),
+            z=torch.empty(scores, dtype=torch.float32, device=device),
+            alongs=torch.empty(*scores, steps, 2, dtype=torch.float32, device=device),
+            surprise=None if x.a_s is None else torch.empty(scores, dtype=torch.float32, device=device),
+            errors=None if x.a_s is None else torch.empty(*scores, 2, dtype=torch.float32, device=device),
+        )
+
 
 @dataclass
 class Gradients:
@@ -120,15 +132,8 @@ def write_forward(
 ) -> Table:
     """Walks the writes of a stretch; the last states of chains that reach its end go into `leaving`, in place."""
     batch, length, heads, steps, writes, _, dim = x.sizes
-    streams, events, device = batch * heads, at.length * writes, x.q.device
-    scores = (streams, events)
-    table = Table(
-        contents=torch.empty(streams, events, 2, dim, dtype=x.table_dtype, device=device),
-        z=torch.empty(scores, dtype=torch.float32, device=device),
-        alongs=torch.empty(*scores, steps, 2, dtype=torch.float32, device=device),
-        surprise=None if x.a_s is None else torch.empty(scores, dtype=torch.float32, device=device),
-        errors=None if x.a_s is None else torch.empty(*scores, 2, dtype=torch.float32, device=device),
-    )
+    streams = batch * heads
+    table = Table.empty(x, at.length)
     block = triton.next_power_of_2(dim)
     chains = _chains_of_program(streams, at.plan.num_buckets, block)
     chain_forward[(_ceil(at.plan.num_buckets, chains), streams)](

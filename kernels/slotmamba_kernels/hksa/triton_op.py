@@ -103,6 +103,7 @@ def hksa_forward(
     `hksa_backward` needs, by stretch."""
     x = _inputs(q, k, u_k, u_v, beta, write_w, read_w, gamma, a_s, eta, c_k, c_v, lam_k, lam_v)
     write_idx, read_idx = write_idx.int().contiguous(), read_idx.int().contiguous()
+    doc_start = None if doc_start is None else doc_start.contiguous()
     memory = _memory(S_k, S_v, z, surprise, slots)
     sparse = _leaves_sparse(memory is not None, slots, num_slots)
     o = torch.empty_like(x.q)
@@ -203,6 +204,35 @@ ARGUMENTS = (
     "q", "k", "u_k", "u_v", "beta", "write_idx", "write_w", "read_idx", "read_w", "gamma", *DIFFERENTIABLE[8:],
     "slots", "doc_start", "num_slots", "recompute", "return_state",
 )  # fmt: skip
+
+
+@hksa_forward.register_fake
+def _forward_results(*arguments: Any) -> list[Tensor]:
+    """What `hksa_forward` returns, without values: for torch.compile and others that have none."""
+    named = dict(zip(ARGUMENTS, arguments, strict=True))
+    q, slots, num_slots, recompute = (named[name] for name in ("q", "slots", "num_slots", "recompute"))
+    x = _inputs(*(named[name] for name in DIFFERENTIABLE[:14]))
+    batch, tokens, heads, _, writes, reads, _ = x.sizes
+    memory = _memory(*(named[name] for name in (*DIFFERENTIABLE[14:], "slots")))
+    sparse = _leaves_sparse(memory is not None, slots, num_slots)
+    saved: list[Tensor] = []
+    for start, length in _stretches(x, recompute):
+        continues = _continues(named["doc_start"], start, length, q)
+        plan = EventPlan.empty(batch, length, heads, writes, reads, num_slots, q.device)
+        saved += [*plan.tensors(), *_memory_tensors(memory if start else None, q)]
+        saved += _table_tensors(None if recompute else Table.empty(x, length), q)
+        left_slots = None
+        if sparse:
+            left_slots = leaving_slots(plan.leaving, None if memory is None else memory.slots, continues, num_slots)
+        leaves = named["return_state"] or start + length < tokens
+        memory = Memory(carried(memory, continues, left_slots, q, num_slots), left_slots) if leaves else None
+    return [torch.empty_like(x.q), *_memory_tensors(memory, q), *saved]
+
+
+@hksa_backward.register_fake
+def _backward_results(*arguments: Any) -> list[Tensor]:
+    *given, _, _, _, _ = arguments[7:]
+    return [_absent(given[0]) if x is None else torch.empty_like(x.contiguous()) for x in given]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
