@@ -241,14 +241,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(
         *(named[name] for name in DIFFERENTIABLE), named["slots"], named["doc_start"], output[5], *output[6:]
     )
-    ctx.num_slots, ctx.recompute = named["num_slots"], named["recompute"]
+    ctx.num_slots, ctx.recompute, ctx.left = named["num_slots"], named["recompute"], named["return_state"]
 
 
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    *given, slots, doc_start, left_slots = ctx.saved_tensors[: len(DIFFERENTIABLE) + 3]
-    saved = list(ctx.saved_tensors[len(DIFFERENTIABLE) + 3 :])
+    kept = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+    *given, slots, doc_start, left_slots = kept[: len(DIFFERENTIABLE) + 3]
+    saved = list(kept[len(DIFFERENTIABLE) + 3 :])
     d_o = grads[0] if grads[0] is not None else torch.zeros_like(given[0])
-    results = hksa_backward(d_o, *grads[1:5], left_slots, saved, *given, slots, doc_start, ctx.num_slots, ctx.recompute)
+    d_left = grads[1:5] if ctx.left else (None,) * 4  # of tensors that are empty
+    results = hksa_backward(d_o, *d_left, left_slots, saved, *given, slots, doc_start, ctx.num_slots, ctx.recompute)
     by_name = dict(zip(DIFFERENTIABLE, results, strict=True))
     present = {name for name, x in zip(DIFFERENTIABLE, given, strict=True) if x is not None}
     return tuple(by_name[name] if name in present else None for name in ARGUMENTS)
