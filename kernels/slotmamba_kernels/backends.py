@@ -41,9 +41,12 @@ def _checked(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in TRITON_DTYPES and TRITON_INSTALLED and _is_checked_gpu(x.device)
 
 
-@torch.compiler.assume_constant_result
 def _is_checked_gpu(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) in CHECKED_GPUS
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler, which takes seconds.
+setattr(_is_checked_gpu, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def _require_triton(op: str, x: Tensor) -> None:

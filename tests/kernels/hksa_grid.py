@@ -75,7 +75,9 @@ def choose_stretch(case: Case, tokens: int | None, monkeypatch: pytest.MonkeyPat
 def dense_outputs(case: Case, backend: str, **options: Any) -> dict[str, Tensor]:
     """Outputs by name as `Case.outputs` has them, the leaving memory with a row for each slot."""
     o, state = case.call(backend, **options)
-    return {"o": o, **vars(state.dense())}
+    state = state.dense()
+    # Not by vars(), which torch.compile of torch 2.11 does not follow.
+    return {"o": o, "S_k": state.S_k, "S_v": state.S_v, "z": state.z, "surprise": state.surprise}
 
 
 def values(case: Case, backend: str, seeds: Sequence[int] = (5,), **options: Any) -> list[dict[str, Tensor]]:

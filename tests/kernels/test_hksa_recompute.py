@@ -43,7 +43,8 @@ def outputs_and_gradients(case: Case, backend: str, *, recompute: bool) -> dict[
 @pytest.mark.parametrize("options", [{}, {"inject": True}, {"state": False, "surprise": False}], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_outputs_and_gradients_are_the_same(backend: str, options: dict[str, Any], documents: bool) -> None:
-    """Outputs bitwise; gradients that add up over stretches to rounding."""
+    """On a CPU outputs bitwise (a GPU's matrix products round by their sizes); gradients, which add up over stretches,
+    to rounding."""
     seed_afresh()
     case = random_case(length=33, documents=documents, **options)
     assert 1 < 33 / eager._stretch_length(33, 9, 3) < 5
@@ -51,7 +52,7 @@ def test_outputs_and_gradients_are_the_same(backend: str, options: dict[str, Any
     got = outputs_and_gradients(case, backend, recompute=True)
     assert_equal_to(want, got, 1e-12)
     for name in ("o", *STATE):
-        assert torch.equal(got[name], want[name]), name
+        assert DEVICE == "cuda" or torch.equal(got[name], want[name]), name
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

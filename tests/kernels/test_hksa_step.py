@@ -240,12 +240,12 @@ def test_compiles_into_one_graph() -> None:
     seed_afresh()
     case = random_case(factors=2, count=1)
 
-    def step(token: Token, state: SlotState) -> Tensor:
-        return 2 * hksa_step_(**vars(token), state=state, **case.shared, backend="triton")
+    def step(token: dict[str, Tensor], state: SlotState) -> Tensor:
+        return 2 * hksa_step_(**token, state=state, **case.shared, backend="triton")
 
     want, state = case.run("triton")
     compiled_state = case.state.map(torch.clone)
-    got = torch.compile(step, fullgraph=True, backend="aot_eager")(case.tokens[0], compiled_state)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(vars(case.tokens[0]), compiled_state)
     assert torch.equal(got, 2 * want[0])
     assert all(torch.equal(a, b) for a, b in zip(vars(compiled_state).values(), vars(state).values(), strict=True))
 
