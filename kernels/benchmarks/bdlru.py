@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,21 +27,18 @@ CHUNKS = [1024, 512, 256, 128, 64]
 DISTANCES = [2, 4, 8, 16]
 
 
-Inputs = tuple[Tensor, Tensor, Tensor]  # v, gates, state
-
-
 @dataclass(frozen=True)
 class Case:
     batch: int
     length: int
     m: int
 
-    def inputs(self) -> Inputs:
+    def inputs(self) -> list[Tensor]:
         tokens = (self.batch, self.length)
         v = torch.randn(*tokens, WIDTH, device="cuda", dtype=torch.bfloat16)
         gates = torch.randn(*tokens, WIDTH // self.m, self.m, self.m + 1, device="cuda").softmax(-1)
         state = torch.randn(self.batch, WIDTH, device="cuda")
-        return v.requires_grad_(), gates.requires_grad_(), state.requires_grad_()
+        return [v.requires_grad_(), gates.requires_grad_(), state.requires_grad_()]
 
     def least_bytes(self) -> tuple[int, int]:
         """Forward; forward + backward."""
@@ -50,26 +46,23 @@ class Case:
         forward = gates + 2 + 2
         return rows * forward, rows * (forward + 2 * gates + 4 * 2)
 
-    def chunk(self) -> int:
-        return triton_op.chunk_length(self.batch, self.length, WIDTH, self.m)
-
 
 def milliseconds(run: Callable[[], object]) -> float:
     return do_bench(run, warmup=50, rep=200, return_mode="median")
 
 
-def both_ways(inputs: Inputs, backend: str) -> Callable[[], object]:
+def both_ways(inputs: list[Tensor], backend: str) -> Callable[[], object]:
     v, gates, state = inputs
     grad = torch.randn_like(v)
     return lambda: torch.autograd.grad(bdlru(v, gates, state, backend=backend)[0], inputs, grad)
 
 
-def one_way(inputs: Inputs, backend: str) -> Callable[[], object]:
+def one_way(inputs: list[Tensor], backend: str) -> Callable[[], object]:
     v, gates, state = (x.detach() for x in inputs)
     return lambda: bdlru(v, gates, state, backend=backend)
 
 
-def backward_alone(inputs: Inputs) -> Callable[[], object]:
+def backward_alone(inputs: list[Tensor]) -> Callable[[], object]:
     v, gates, state = (x.detach() for x in inputs)
     h, leaving = bdlru(v, gates, state, backend="triton")
     return lambda: triton_op.bdlru_backward(h, leaving, v, gates, state, None, h)
@@ -85,49 +78,49 @@ def copy_rate() -> float:
 def compare() -> None:
     rate = copy_rate()
     print(f"a copy moves {rate / 1e6:,.0f} GB/s")
-    columns = ["shape", "m", "chunk", "forward", "of copy", "both", "of copy", "torch fwd", "torch both"]
-    print("".join(f"{name:>{width}}" for name, width in zip(columns, WIDTHS, strict=True)))
+    print_row("shape", "m", "chunk", "forward", "of copy", "both", "of copy", "torch fwd", "torch both")
     for batch, length in SHAPES:
         for m in BLOCK_SIZES:
             case = Case(batch, length, m)
             inputs = case.inputs()
             forward, both = milliseconds(one_way(inputs, "triton")), milliseconds(both_ways(inputs, "triton"))
-            least, least_both = (x / rate for x in case.least_bytes())
+            least, least_both = (size / rate for size in case.least_bytes())
             peers = [milliseconds(make(inputs, "torch")) for make in (one_way, both_ways)]
-            cells = [
-                f"B={batch} T={length}", str(m), str(case.chunk()), f"{forward:.3f}", f"{least / forward:.0%}",
-                f"{both:.3f}", f"{least_both / both:.0%}", *(f"{peer:.2f}" for peer in peers),
-            ]  # fmt: skip
-            print("".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)), flush=True)
+            print_row(
+                f"B={batch} T={length}", m, triton_op.chunk_length(batch, length, WIDTH, m),
+                f"{forward:.3f}", f"{least / forward:.0%}", f"{both:.3f}", f"{least_both / both:.0%}",
+                *(f"{peer:.2f}" for peer in peers),
+            )  # fmt: skip
 
 
-WIDTHS = [14, 4, 7, 9, 9, 9, 9, 11, 12]
+def print_row(*cells: object) -> None:
+    widths = (14, 4, 7, 9, 9, 9, 9, 11, 12)
+    print("".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)), flush=True)
 
 
 def sweep() -> None:
-    """Forward / backward milliseconds. Chunks with the tables' distances, then distances with the tables' chunks."""
+    """Other chunks with the tables' distances, then other distances with the tables' chunks."""
     chunk_length = triton_op.chunk_length
     for batch, length in SHAPES:
         for m in (1, *BLOCK_SIZES):
             inputs = Case(batch, length, m).inputs()
+            shape = f"B={batch} T={length} m={m}"
             for chunk in (length, *CHUNKS):
-                triton_op.chunk_length = partial(_fixed, chunk)
-                print(f"B={batch} T={length} m={m} chunk={chunk}: {_ways(inputs)}", flush=True)
+                triton_op.chunk_length = lambda *_, chunk=chunk: chunk
+                print_ways(f"{shape} chunk={chunk}", inputs)
             triton_op.chunk_length = chunk_length
             for name in ("AHEAD", "AHEAD_BACKWARD", "AHEAD_COMPOSING"):
                 table = getattr(triton_op, name)
                 chosen = table[m]
-                for table[m] in DISTANCES:
-                    print(f"B={batch} T={length} m={m} {name}={table[m]}: {_ways(inputs)}", flush=True)
+                for distance in DISTANCES:
+                    table[m] = distance
+                    print_ways(f"{shape} {name}={distance}", inputs)
                 table[m] = chosen
 
 
-def _fixed(chunk: int, *shape: int) -> int:
-    return chunk
-
-
-def _ways(inputs: Inputs) -> str:
-    return f"{milliseconds(one_way(inputs, 'triton')):.3f} / {milliseconds(backward_alone(inputs)):.3f}"
+def print_ways(title: str, inputs: list[Tensor]) -> None:
+    forward, backward = milliseconds(one_way(inputs, "triton")), milliseconds(backward_alone(inputs))
+    print(f"{title}: forward {forward:.3f}, backward {backward:.3f}", flush=True)
 
 
 def main() -> None:
@@ -136,7 +129,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    sweep() if arguments.sweep else compare()
+    if arguments.sweep:
+        sweep()
+    else:
+        compare()
 
 
 if __name__ == "__main__":

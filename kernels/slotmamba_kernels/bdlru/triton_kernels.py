@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 LANES = tl.constexpr(32)
-# From this block size on a lane's row of gates is so long that the lanes of a load would touch too many cache lines.
+# Below this block size a lane of a forward walk loads its row itself. Longer rows would touch too many cache lines.
 LONG_ROW = tl.constexpr(8)
 
 
@@ -44,13 +44,13 @@ def compose_chunks(
     """
     index, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, block = _lanes(M)
-    where = _gates_of_lanes(M, BACKWARD)
+    places = _places(M, BACKWARD)
     first, count = _walk(index, length, chunk, chunks, BACKWARD)
     token = batch * length + first
     SIGN: tl.constexpr = -1 if BACKWARD else 1
     ring = ()
     for u in tl.static_range(AHEAD):
-        ring += (_load(v, gates, doc_start, token + SIGN * u, where, u < count, WIDTH, M),)
+        ring += (_load(v, gates, doc_start, token + SIGN * u, places, u < count, WIDTH, M, BACKWARD),)
 
     product = tl.where(row[None, :] % M == tl.arange(0, M)[:, None], 1.0, 0.0)  # [column, lane]
     vector = tl.zeros([LANES], tl.float32)
@@ -62,7 +62,7 @@ def compose_chunks(
             matrix, gate, x, doc = ring[0]
             ahead, here = at + SIGN * (u + AHEAD), group + (u + AHEAD) < count
             ring = ring[1:]
-            ring += (_load(v, gates, doc_start, ahead, where, here, WIDTH, M),)
+            ring += (_load(v, gates, doc_start, ahead, places, here, WIDTH, M, BACKWARD),)
             factors, x = _factors(matrix, M, BACKWARD), x.to(tl.float32)
             next_vector = vector + x if BACKWARD else vector
             next_vector = tl.sum(factors * _fetch(next_vector, block), 0)
@@ -109,12 +109,12 @@ def scan_chunks(
     index, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, block = _lanes(M)
     exists = row < WIDTH
-    where = _gates_of_lanes(M, False)
+    places = _places(M, False)
     first, count = _walk(index, length, chunk, chunks, False)
     token = batch * length + first
     ring = ()
     for u in tl.static_range(AHEAD):
-        ring += (_load(v, gates, doc_start, token + u, where, u < count, WIDTH, M),)
+        ring += (_load(v, gates, doc_start, token + u, places, u < count, WIDTH, M, False),)
 
     current = tl.load(_entering(state, carried, batch, index, chunks, WIDTH) + row, mask=exists, other=0.0)
     for group in range(0, count, AHEAD):
@@ -123,7 +123,7 @@ def scan_chunks(
             matrix, gate, x, doc = ring[0]
             here = group + (u + AHEAD) < count
             ring = ring[1:]
-            ring += (_load(v, gates, doc_start, at + (u + AHEAD), where, here, WIDTH, M),)
+            ring += (_load(v, gates, doc_start, at + (u + AHEAD), places, here, WIDTH, M, False),)
             if doc_start is not None:
                 current = tl.where(doc == t + u, 0.0, current)
             entered = gate.to(tl.float32)
@@ -166,12 +166,12 @@ def scan_chunks_backward(
     index, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, block = _lanes(M)
     exists = row < WIDTH
-    where = _gates_of_lanes(M, True)
+    places = _places(M, True)
     first, count = _walk(index, length, chunk, chunks, True)
     token = batch * length + first
     ring = ()
     for u in tl.static_range(AHEAD):
-        ring += (_load_backward(grad_h, v, gates, doc_start, h, token - u, first - u, where, u < count, WIDTH, M),)
+        ring += (_load_backward(grad_h, v, gates, doc_start, h, token - u, first - u, places, u < count, WIDTH, M),)
 
     entering = tl.load(state + batch * WIDTH + row, mask=exists, other=0.0)
     passed = tl.load(_entering(grad_leaving, carried, batch, index, chunks, WIDTH) + row, mask=exists, other=0.0)
@@ -182,7 +182,7 @@ def scan_chunks_backward(
             matrix, gate, x, doc, grad, before = ring[0]
             ahead, here = u + AHEAD, group + (u + AHEAD) < count
             ring = ring[1:]
-            ring += (_load_backward(grad_h, v, gates, doc_start, h, at - ahead, t - ahead, where, here, WIDTH, M),)
+            ring += (_load_backward(grad_h, v, gates, doc_start, h, at - ahead, t - ahead, places, here, WIDTH, M),)
             before = tl.where(t - u > 0, before.to(tl.float32), entering)
             g = grad.to(tl.float32) + passed
             following = tl.sum(_factors(matrix, M, True) * _fetch(g, block), 0)
@@ -235,21 +235,20 @@ def _mask(row, here, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _gates_of_lanes(M: tl.constexpr, BACKWARD: tl.constexpr):
-    """Which of the program's gates [M, LANES] the lanes load as their matrices, and which rows these belong to."""
+def _places(M: tl.constexpr, BACKWARD: tl.constexpr):
+    """Which of the program's gates [M, LANES] the lanes load as matrices, and which rows these belong to.
+
+    Neighbouring lanes load neighbouring numbers: backward the columns of a block, which is as the walk wants them, and
+    forward whole rows, which `_factors` hands round.
+    """
     lane, load = tl.arange(0, LANES)[None, :], tl.arange(0, M)[:, None]
-    if BACKWARD:  # the lane's column, so that the lanes of a block load neighbours
-        row, column = lane // M * M + load, lane % M
-    elif M < LONG_ROW:  # the lane's row; the hint keeps it in the lane's registers, by hiding that these are neighbours
-        row, column = lane + load * 0, tl.max_contiguous(load, [1, 1])
-    else:  # whole rows, so that lanes load neighbours: `_factors` hands them round
-        row, column = lane // M + load * (LANES // M), lane % M
-    return row * (M + 1) + column, tl.program_id(0) * LANES + row
+    row = lane // M * M + load if BACKWARD else lane // M + load * (LANES // M)
+    return row * (M + 1) + lane % M, tl.program_id(0) * LANES + row
 
 
 @triton.jit
-def _load(v, gates, doc_start, token, where, here, WIDTH: tl.constexpr, M: tl.constexpr):
-    """A token's matrices as `where` says, its input gates, v and document's start; () for what there is not."""
+def _load(v, gates, doc_start, token, places, here, WIDTH: tl.constexpr, M: tl.constexpr, BACKWARD: tl.constexpr):
+    """A token's matrices, its input gates, v and document's start; () for what there is not."""
     first, lane = tl.program_id(0) * LANES, tl.arange(0, LANES)
     mask = _mask(first + lane, here, WIDTH)
     gates += token * (WIDTH * (M + 1)) + first * (M + 1)
@@ -258,17 +257,33 @@ def _load(v, gates, doc_start, token, where, here, WIDTH: tl.constexpr, M: tl.co
         x = tl.load(v + token * WIDTH + first + lane, mask=mask)
     if doc_start is not None:
         doc = tl.load(doc_start + token, mask=here)
-    place, place_row = where
-    matrix = tl.load(gates + place, mask=_mask(place_row, here, WIDTH))
+    if M < LONG_ROW and not BACKWARD:
+        columns = ()
+        for j in tl.static_range(M):
+            columns += (tl.load(gates + lane * (M + 1) + j, mask=mask),)
+        matrix = tl.permute(_join(columns, M), (1, 0))
+    else:
+        place, row = places
+        matrix = tl.load(gates + place, mask=_mask(row, here, WIDTH))
     return matrix, tl.load(gates + lane * (M + 1) + M, mask=mask), x, doc
 
 
 @triton.jit
-def _load_backward(grad_h, v, gates, doc_start, h, token, t, where, here, WIDTH: tl.constexpr, M: tl.constexpr):
+def _join(parts, N: tl.constexpr):
+    """N times [LANES] -> [LANES, N]."""
+    if N == 1:
+        return tl.reshape(parts[0], [LANES, 1])
+    else:
+        pair = tl.join(_join(parts[: N // 2], N // 2), _join(parts[N // 2 :], N // 2))
+        return tl.reshape(tl.permute(pair, (0, 2, 1)), [LANES, N])
+
+
+@triton.jit
+def _load_backward(grad_h, v, gates, doc_start, h, token, t, places, here, WIDTH: tl.constexpr, M: tl.constexpr):
     """The same for the backward walk, with the gradient of h and the h before, which a row's token 0 lacks."""
     row = tl.program_id(0) * LANES + tl.arange(0, LANES)
     mask, place = _mask(row, here, WIDTH), token * WIDTH + row
-    matrix, gate, x, doc = _load(v, gates, doc_start, token, where, here, WIDTH, M)
+    matrix, gate, x, doc = _load(v, gates, doc_start, token, places, here, WIDTH, M, True)
     before = tl.load(h + (place - WIDTH), mask=mask & (t > 0))
     return matrix, gate, x, doc, tl.load(grad_h + place, mask=mask), before
 
@@ -297,8 +312,8 @@ def _gates_in_order(first, N: tl.constexpr, M: tl.constexpr):
     whether they multiply v instead."""
     place = (first + tl.arange(0, N)[:, None]) * LANES + tl.arange(0, LANES)[None, :]
     row, column = place // (M + 1), place % (M + 1)
-    # The hint keeps neighbours in neighbouring lanes, not four of them in one: the loads would be spread like that too.
-    return tl.max_contiguous(place, [1, 1]), row, row // M * M + tl.minimum(column, M - 1), column == M
+    # Said to be aligned to nothing, lest a lane stores four neighbours: loads would then be dealt out like that too.
+    return tl.multiple_of(place, [1, 1]), row, row // M * M + tl.minimum(column, M - 1), column == M
 
 
 @triton.jit

@@ -22,7 +22,7 @@ SHORTEST_CHUNK = 64
 # By block size: how many tokens ahead of their use the gates are loaded. That is as long as memory takes to answer.
 AHEAD = {1: 8, 2: 8, 4: 8, 8: 6, 16: 4}
 AHEAD_BACKWARD = {1: 4, 2: 4, 4: 4, 8: 2, 16: 2}
-AHEAD_COMPOSING = {1: 8, 2: 8, 4: 4, 8: 2, 16: 2}
+AHEAD_COMPOSING = {1: 4, 2: 4, 4: 4, 8: 2, 16: 2}  # and carrying
 
 
 def chunk_length(batch: int, length: int, width: int, m: int) -> int:
@@ -103,7 +103,7 @@ def _carry(
     )  # fmt: skip
     scan_chunks[(programs, 1, batch)](
         None, maps, cuts, state, None, carried, None, chunks - 1, chunks - 1, 1,
-        WIDTH=width, M=m, AHEAD=AHEAD[m], num_warps=1,
+        WIDTH=width, M=m, AHEAD=AHEAD_COMPOSING[m], num_warps=1,
     )  # fmt: skip
     return carried
 
