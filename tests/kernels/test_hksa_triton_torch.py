@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
 from slotmamba_kernels.hksa import triton_op
@@ -168,4 +168,4 @@ def test_sharded_parameters(tmp_path: Path) -> None:
     """FSDP2, by two processes; on a GPU by one."""
     seed_afresh()
     size = 1 if DEVICE == "cuda" else 2
-    mp.spawn(_sharded, (size, str(tmp_path)), nprocs=size)
+    spawn(_sharded, (size, str(tmp_path)), nprocs=size)
