@@ -11,6 +11,8 @@ from torch import Tensor
 
 from slotmamba_kernels import SlotState, hksa
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 STATE = ("S_k", "S_v", "z", "surprise")
 SURPRISE = ("a_s", "eta")
 INJECT = ("c_k", "c_v", "lam_k", "lam_v")
@@ -34,6 +36,10 @@ class Case:
     def without(self, *names: str) -> Case:
         return replace(self, tensors={name: x for name, x in self.tensors.items() if name not in names})
 
+    def double(self) -> Case:
+        """The call with every floating-point tensor in float64."""
+        return self.with_tensors(**{name: x.double() for name, x in self.tensors.items() if x.is_floating_point()})
+
     def span(self, start: int, stop: int) -> Case:
         """The call on these tokens only, the entering state as it is."""
         per_token = {name for name in self.tensors if name not in (*STATE, *SURPRISE, "gamma")}
@@ -55,17 +61,20 @@ class Case:
         return SlotState(*(self.tensors[name] for name in STATE)) if "z" in self.tensors else None
 
     def call(self, backend: str = "torch", **options: Any) -> tuple[Tensor, SlotState]:
-        """options: further keyword arguments of hksa."""
-        tensors: dict[str, Any] = dict(self.tensors)
+        """options: further keyword arguments of hksa. Triton runs on a GPU where there is one, wherever the case is."""
+        home = self.tensors["q"].device
+        device = DEVICE if backend == "triton" else home
+        tensors: dict[str, Any] = {name: x.to(device) for name, x in self.tensors.items()}
+        doc_start = None if self.doc_start is None else self.doc_start.to(device)
         for names in (STATE, SURPRISE, INJECT):
             group = tuple(tensors.pop(name) for name in names if name in tensors)
             if group:
                 tensors["state" if names is STATE else "surprise" if names is SURPRISE else "inject"] = group
         if "state" in tensors:
             tensors["state"] = SlotState(*tensors["state"])
-        o, state = hksa(**tensors, num_slots=self.num_slots, doc_start=self.doc_start, backend=backend, **options)
+        o, state = hksa(**tensors, num_slots=self.num_slots, doc_start=doc_start, backend=backend, **options)
         assert state is not None
-        return o, state
+        return o.to(home), state.map(lambda x: x.to(home))
 
     def outputs(self, backend: str = "torch") -> dict[str, Tensor]:
         o, state = self.call(backend)

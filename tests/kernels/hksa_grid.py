@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.hksa_cases import Case, random_case, weighted_sum
+from tests.kernels.hksa_cases import DEVICE, Case, random_case, weighted_sum
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 # What a model in half precision hands over in half precision: everything but addresses, decay and states.
@@ -54,10 +53,6 @@ def device_case(activations: torch.dtype = torch.float32, **options: Any) -> Cas
 def to_device(case: Case) -> Case:
     doc_start = None if case.doc_start is None else case.doc_start.to(DEVICE)
     return replace(case.with_tensors(**{name: x.to(DEVICE) for name, x in case.tensors.items()}), doc_start=doc_start)
-
-
-def in_float64(case: Case) -> Case:
-    return case.with_tensors(**{name: x.double() for name, x in case.tensors.items() if x.is_floating_point()})
 
 
 def choose_stretch(case: Case, tokens: int | None, monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
@@ -102,7 +97,7 @@ def assert_near(case: Case, got: dict[str, Tensor], definition: str = "reference
     small throughout against entries of size 1. The read weights' is that of their logarithms, which alone matter:
     dividing by a weight of 1e-30 would leave nothing else of the norm.
     """
-    want, *others = values(in_float64(case), definition, seeds=(5, 6, 7, 8))
+    want, *others = values(case.double(), definition, seeds=(5, 6, 7, 8))
     tolerance = TOLERANCES[case.tensors["q"].dtype]
     assert got.keys() == want.keys()
     for name, x in got.items():

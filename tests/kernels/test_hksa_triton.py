@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from slotmamba_kernels import SlotState
-from tests.kernels.hksa_cases import Case
-from tests.kernels.hksa_grid import DEVICE, assert_near, choose_stretch, device_case, pairwise, values
+from tests.kernels.hksa_cases import DEVICE, Case
+from tests.kernels.hksa_grid import assert_near, choose_stretch, device_case, pairwise, values
 from tests.kernels.test_hksa_backends import SHAPES
 from tests.seeds import seed_afresh
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.hksa_cases import STATE, Case, random_documents
-from tests.kernels.hksa_grid import DEVICE, choose_stretch, dense_outputs, device_case, to_device, values
+from tests.kernels.hksa_cases import DEVICE, STATE, Case, random_documents
+from tests.kernels.hksa_grid import choose_stretch, dense_outputs, device_case, to_device, values
 from tests.seeds import seed_afresh
 
 GUARD = 64

@@ -16,8 +16,8 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
 from slotmamba_kernels.hksa import triton_op
-from tests.kernels.hksa_cases import Case, assert_equal_to, weighted_sum
-from tests.kernels.hksa_grid import DEVICE, choose_stretch, dense_outputs, device_case, values
+from tests.kernels.hksa_cases import DEVICE, Case, assert_equal_to, weighted_sum
+from tests.kernels.hksa_grid import choose_stretch, dense_outputs, device_case, values
 from tests.seeds import seed_afresh
 
 SMALL: dict[str, Any] = {"batch": 1, "heads": 1, "length": 3, "dim": 32, "steps": 1, "writes": 2}
