@@ -74,7 +74,7 @@ def hksa_step_(
     from slotmamba_kernels.hksa.decode_fused import hksa_step_fused
 
     inputs = [x.contiguous() for x in (q, k, u_k, u_v, beta, write_logits, read_logits, gamma)]
-    return hksa_step_fused(*inputs, *(surprise or (None, None)), *vars(state).values(), top_k)
+    return hksa_step_fused(*inputs, *(surprise or (None, None)), state.S_k, state.S_v, state.z, state.surprise, top_k)
 
 
 def _step_torch(
@@ -166,7 +166,8 @@ def _check(
             raise ValueError(f"hksa_step_: {name} has shape {tuple(tensor.shape)}, expected {shape}")
     if not 1 <= top_k <= size**factors:
         raise ValueError(f"hksa_step_: top_k={top_k} is not between 1 and the {size**factors} slots")
-    for name, tensor in vars(state).items():
+    # Not by vars(), which torch.compile of torch 2.11 does not follow.
+    for name, tensor in (("S_k", state.S_k), ("S_v", state.S_v), ("z", state.z), ("surprise", state.surprise)):
         if tensor.dtype != state_dtype(q) or not tensor.is_contiguous():
             raise ValueError(
                 f"hksa_step_: state.{name} is {tensor.dtype} with strides {tensor.stride()}, expected contiguous "
