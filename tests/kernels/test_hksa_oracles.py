@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +26,11 @@ from tests.seeds import seed_afresh
 # Backend, dtype of its inputs, and how far it may be from the loops relative to the largest entry.
 BACKENDS = [("reference", torch.float64, 1e-10), ("torch", torch.float64, 1e-10)]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cuda":  # the interpreter would take minutes for the columns of a state as heads
+    BACKENDS.append(("triton", torch.float32, 1e-5))
 BATCH, LENGTH, HEADS, DIM = 2, 13, 3, 32
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs fla-core, of the dev extra")
 
 Backend = tuple[str, torch.dtype, float]
 

@@ -23,7 +23,7 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 if DEVICE == "cuda":
     CALLS = {
-        name: {"length": 300, "heads": 3, "writes": 8, "reads": 7, "num_slots": 64} | x for name, x in CALLS.items()
+        name: {"length": 300, "heads": 3, "writes": 5, "reads": 7, "num_slots": 64} | x for name, x in CALLS.items()
     }
 
 Run = Callable[[], dict[str, Tensor]]
@@ -33,7 +33,7 @@ Run = Callable[[], dict[str, Tensor]]
 def call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, many_chains: None) -> tuple[Case, Run]:
     """A case, and running it: outputs and gradients."""
     seed_afresh()
-    options = {"batch": 1, "heads": 2, "length": 4, "dim": 48, **request.param}
+    options = {"batch": 1, "heads": 2, "length": 4, "dim": 48, "reads": 3, **request.param}
     stretch = options.pop("stretch", None)
     case = device_case(**options)
     arguments = choose_stretch(case, stretch, monkeypatch)
