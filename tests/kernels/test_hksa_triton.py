@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from slotmamba_kernels import SlotState
+from slotmamba_kernels.hksa import triton_op
 from tests.kernels.hksa_cases import DEVICE, Case
 from tests.kernels.hksa_grid import assert_near, choose_stretch, device_case, pairwise, values
 from tests.kernels.test_hksa_backends import SHAPES
@@ -134,3 +135,11 @@ def test_at_length(skewed: bool, documents: bool, activations: torch.dtype, monk
         same_slots=skewed, extremes=False, inject=not documents,
     )  # fmt: skip
     assert_near(case, values(case, "triton", **choose_stretch(case, None if skewed else 300, monkeypatch))[0], "torch")
+
+
+def test_sequences_whose_offsets_would_not_fit_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into stretches whose tables are kept, here of two tokens."""
+    seed_afresh()
+    case = device_case(batch=1, length=5, dim=32, documents=True)
+    monkeypatch.setattr(triton_op, "MAX_OFFSET", 2 * 2 * case.tensors["write_w"].shape[-1] * 32)
+    assert_near(case, values(case, "triton")[0], "reference")

@@ -8,10 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
-from slotmamba_kernels.hksa.backward_kernels import chain_backward, entering_backward, read_backward, token_backward
+from slotmamba_kernels.hksa.backward_kernels import chain_backward, entering_backward, read_backward
 from slotmamba_kernels.hksa.event_plan import EventPlan
 from slotmamba_kernels.hksa.forward_kernels import chain_forward, read_forward
 from slotmamba_kernels.hksa.state import SlotState
+from slotmamba_kernels.hksa.token_kernels import token_backward
 
 CHAIN_ELEMENTS = 256  # of one state vector for each of a program's chains: 8 a thread
 TOKEN_ELEMENTS = 256  # the same for the slots that token_backward takes at a time

@@ -27,6 +27,7 @@ from slotmamba_kernels.hksa.launch import (
 from slotmamba_kernels.hksa.state import SlotState, SparseSlotState
 
 DENSE_SLOTS = 4096  # heads with more slots than this leave a sparse memory, unless they were given a dense one
+MAX_OFFSET = 2**31 - 1  # of the kernels' offsets within a stream and a stretch
 RECOMPUTED_BYTES = 2**29  # of the tables of a stretch when they are made again in the backward pass
 PLAN_TENSORS = 9
 MEMORY_TENSORS = 5  # S_k, S_v, z, surprise, slots
@@ -295,11 +296,13 @@ def _leaves_sparse(entered: bool, slots: Tensor | None, num_slots: int) -> bool:
 
 
 def _stretches(x: Inputs, recompute: bool) -> Iterator[tuple[int, int]]:
-    """(start, length) of each stretch of tokens: all of them unless tables are made again in the backward pass."""
-    batch, length, heads, _, writes, _, dim = x.sizes
-    size = length
+    """(start, length) of each stretch of tokens: as long as offsets within a stream fit 32 bits, shorter when tables
+    are made again in the backward pass."""
+    batch, length, heads, steps, writes, _, dim = x.sizes
+    size = MAX_OFFSET // (max(writes * 2, heads * steps) * dim)
     if recompute:
-        size = max(1, RECOMPUTED_BYTES // (batch * heads * writes * 2 * dim * x.q.element_size()))
+        size = min(size, RECOMPUTED_BYTES // (batch * heads * writes * 2 * dim * x.q.element_size()))
+    size = max(1, min(size, length))
     for start in range(0, length, size):
         yield start, min(size, length - start)
 
