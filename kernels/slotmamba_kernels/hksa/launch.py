@@ -16,7 +16,7 @@ from slotmamba_kernels.hksa.token_kernels import token_backward
 
 CHAIN_ELEMENTS = 256  # of one state vector for each of a program's chains: 8 a thread
 TOKEN_ELEMENTS = 256  # the same for the slots that token_backward takes at a time
-TOKEN_REGISTERS = 168  # three warps a scheduler instead of two
+TOKEN_REGISTERS = 168  # of token_backward for up to two steps: three warps a scheduler instead of two
 FEWEST_PROGRAMS = 4096  # below it a program takes fewer chains, so that the GPU has enough of them
 
 
@@ -220,7 +220,8 @@ def stretch_backward(
         grads.k, grads.u_k, grads.u_v, grads.beta, grads.write_w, *shares.unbind(0),
         grads.c_k, grads.c_v, grads.lam_k, grads.lam_v,
         at.start, length, at.length, _rows(entering), empty_z,
-        H=heads, NS=steps, K=writes, BK=width, D=dim, BD=block, **switches, num_warps=1, maxnreg=TOKEN_REGISTERS,
+        H=heads, NS=steps, K=writes, BK=width, D=dim, BD=block, **switches, num_warps=1,
+        maxnreg=TOKEN_REGISTERS if steps <= 2 else None,
     )  # fmt: skip
     for name, share in zip(("gamma", "a_s", "eta"), shares.unbind(0), strict=True):
         total = getattr(grads, name)
@@ -257,5 +258,5 @@ def _ceil(count: int, size: int) -> int:
 
 
 def _token_warps(elements: int) -> int:
-    """Warps of a program that holds several tiles of so many elements: 16 of each a thread."""
+    """Warps of a program that holds several tiles of so many elements: 32 of each a thread."""
     return min(8, max(1, elements // 1024))
