@@ -11,25 +11,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from slotmamba_kernels.hksa.forward_kernels import (
-    MIN_READ_WEIGHT,
-    load_contents,
-    load_vectors,
-    log1p_minus,
-    store_vectors,
-    take,
-)
+from slotmamba_kernels.hksa.forward_kernels import MIN_READ_WEIGHT, load_contents, load_pair, store_pair, take
 
 
 @triton.jit
 def read_backward(
     q, w, source, contents, z_after, in_k, in_v, in_z, d_o,
-    d_q, d_w, key_share, value_share, d_z,
+    d_q, d_w, shares, d_z,
     start, T, L, events, R_in, empty_z, scale,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ENTERING: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q and of the read weights; key_share, value_share, d_z [S, L*K]: the adjoint of the state that a
-    read saw is key_share * q, value_share * d_o and, of its normaliser, d_z."""
+    """Gradients of q and of the read weights; shares [S, L*K, 2], d_z [S, L*K]: the adjoint of the state that a read
+    saw is shares[0] * q of key memory, shares[1] * d_o of value memory and, of its normaliser, d_z."""
     t = tl.program_id(0)
     s = tl.program_id(1).to(tl.int64)
     b = s // H
@@ -57,89 +50,86 @@ def read_backward(
     read = (s * L + t) * K + i
     # A read of an empty slot puts nothing on the state of an earlier document that it follows in the plan.
     share = tl.where(pointer == -1, 0.0, 1.0 / z)
-    tl.store(key_share + read, d_score * scale * share, mask=i < K)
-    tl.store(value_share + read, p * share, mask=i < K)
+    tl.store(shares + read * 2, d_score * scale * share, mask=i < K)
+    tl.store(shares + read * 2 + 1, p * share, mask=i < K)
     tl.store(d_z + read, -(d_score * similarity + p * d_p) * share, mask=i < K)
 
 
 @triton.jit
-def load_reads(
-    q, d_o, key_share, value_share, d_z_read, read, seen, d,
+def load_read(
+    q, d_o, shares, d_z_read, read_order, number, row, d, seen,
     H: tl.constexpr, KR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Of reads [C, READS]: q and the gradient of the output [C, READS, BD], and the three numbers of read_backward."""
-    at = ((read // KR) * (H * D))[:, :, None] + d[None, None, :]
-    mask = seen[:, :, None] if D == BD else seen[:, :, None] & (d[None, None, :] < D)
+    """The adjoint that read `number` of the sorted reads puts on the state it saw, a flat tuple: q and d_o [2, BD] in
+    their dtype, their factors [2], and of the normaliser; zeros if not seen."""
+    read = tl.load(read_order + number, mask=seen, other=0)
+    offset = (read // KR) * (H * D)
     return (
-        tl.load(q + at, mask=mask, other=0.0),
-        tl.load(d_o + at, mask=mask, other=0.0),
-        tl.load(key_share + read, mask=seen, other=0.0),
-        tl.load(value_share + read, mask=seen, other=0.0),
+        load_pair(q + offset, d_o + offset, row, d, seen, D, BD),
+        tl.load(shares + read * 2 + row, mask=seen, other=0.0),
         tl.load(d_z_read + read, mask=seen, other=0.0),
     )
 
 
 @triton.jit
 def load_back(
-    q, d_o, k, beta, w, order, read_order, read_range, key_share, value_share, d_z_read, p, live, d,
+    q, d_o, k, beta, w, log_keep, order, read_order, read_range, shares, d_z_read, p, row, d, live,
     H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, KR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     READS: tl.constexpr,
 ):  # fmt: skip
-    """What going back through the writes at positions p needs, a flat tuple: their weight, beta_j and k_j of each step,
-    then `load_reads` of the first READS reads of the state after each."""
+    """What going back through the write at position p needs, a flat tuple: its weight and log(1 - weight), beta_j and
+    k_j [2, BD] (twice) of each step, then `load_read` of the first READS reads of the state after it."""
     event = tl.load(order + p, mask=live, other=0)
     token = event // K
-    write = (tl.load(w + token * (H * K) + event % K, mask=live, other=0.0).to(tl.float32),)
+    at = token * (H * K) + event % K
+    write = (tl.load(w + at, mask=live, other=0.0).to(tl.float32), tl.load(log_keep + at, mask=live, other=0.0))
     for j in tl.static_range(NS):
+        offset = token * (H * NS * D) + j * D
         write = write + (
             tl.load(beta + token * (H * NS) + j, mask=live, other=0.0).to(tl.float32),
-            load_vectors(k, token * (H * NS * D) + j * D, d, live, D, BD),
+            load_pair(k + offset, k + offset, row, d, live, D, BD),
         )
     first = tl.load(read_range + p * 2, mask=live, other=0)
     last = tl.load(read_range + p * 2 + 1, mask=live, other=0)
-    which = first[:, None] + tl.arange(0, READS)[None, :]
-    seen = which < last[:, None]
-    read = tl.load(read_order + which, mask=seen, other=0)
-    return write + load_reads(q, d_o, key_share, value_share, d_z_read, read, seen, d, H, KR, D, BD)
+    for r in tl.static_range(READS):
+        write = write + load_read(
+            q, d_o, shares, d_z_read, read_order, first + r, row, d, first + r < last, H, KR, D, BD
+        )  # fmt: skip
+    return write
 
 
 @triton.jit
 def chain_backward(
-    q, d_o, k, beta, w, gamma, eta,
+    q, d_o, k, beta, w, log_keep, gamma,
     order, previous, leaving, bucket, read_order, read_range,
-    key_share, value_share, d_z_read,
+    shares, d_z_read,
     c_k, c_v, lam_k, lam_v,
-    d_out_k, d_out_v, d_out_z, d_out_surprise,
-    adjoint, adjoint_z, pulls, adjoint_surprise,
-    d_in_k, d_in_v, d_in_z, d_in_surprise,
+    d_out_k, d_out_v, d_out_z,
+    adjoint, adjoint_z, pulls,
+    d_in_k, d_in_v, d_in_z,
     start, T, L, R_in, R_out, buckets,
     H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, KR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    C: tl.constexpr, READS: tl.constexpr,
-    ENTERING: tl.constexpr, LEAVING: tl.constexpr, SURPRISE: tl.constexpr, INJECT: tl.constexpr, DEPTH: tl.constexpr,
+    READS: tl.constexpr, ENTERING: tl.constexpr, LEAVING: tl.constexpr, INJECT: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Walks the writes of C buckets backwards. adjoint [S, L*K, 2, D], adjoint_z, adjoint_surprise [S, L*K]: of the
-    state after each write; pulls [S, L*K, n, 2]: k_j . adjoint after each step, of key and value memory; d_in_*: of the
-    entering memory's rows that a chain starts from. Reads are added up READS at a time; DEPTH as in chain_forward."""
+    """Walks the writes of a bucket backwards. adjoint [S, L*K, 2, D], adjoint_z [S, L*K]: of the state after each
+    write; pulls [S, L*K, n, 2]: k_j . adjoint after each step, of key and value memory; d_in_*: of the entering
+    memory's rows that a chain starts from. READS of a state are loaded with its write; DEPTH as in chain_forward."""
     s = tl.program_id(1).to(tl.int64)
     b = s // H
     h = s % H
     d = tl.arange(0, BD)
-    nb = tl.program_id(0) * C + tl.arange(0, C)
-    first = tl.load(bucket + s * (buckets + 1) + nb, mask=nb < buckets, other=0)
-    last = tl.load(bucket + s * (buckets + 1) + nb + 1, mask=nb < buckets, other=0)
+    row = tl.arange(0, 2)
+    at_bucket = bucket + s * (buckets + 1) + tl.program_id(0)
+    first = tl.load(at_bucket)
+    last = tl.load(at_bucket + 1)
     power = tl.load(gamma + h).to(tl.float32)
-    gk = tl.zeros([C, BD], tl.float32)
-    gv = tl.zeros([C, BD], tl.float32)
-    gz = tl.zeros([C], tl.float32)
-    gs = tl.zeros([C], tl.float32)
-    continued = first > last  # whether the write after this one goes on from its state: none has been seen yet
-
     row0 = (b * T + start) * H + h
     k += row0 * (NS * D)
     q += row0 * D
     d_o += row0 * D
     beta += row0 * NS
     w += row0 * K
+    log_keep += (b * L * H + h) * K
     writes = s * L * K
     reads = s * L * KR
     order += writes
@@ -149,115 +139,81 @@ def chain_backward(
     adjoint_z += writes
     pulls += writes * (2 * NS)
     read_order += reads
-    key_share += reads
-    value_share += reads
+    shares += reads * 2
     d_z_read += reads
+
+    grad = tl.zeros([2, BD], tl.float32)
+    grad_z = 0.0
     event = tl.load(order + last - 1, mask=first < last, other=0)
-    source = tl.load(previous + last - 1, mask=first < last, other=-1)
     ahead = ()
     for x in tl.static_range(DEPTH):
         ahead = ahead + load_back(
-            q, d_o, k, beta, w, order, read_order, read_range, key_share, value_share, d_z_read,
-            last - 1 - x, last - 1 - x >= first, d, H, NS, K, KR, D, BD, READS,
+            q, d_o, k, beta, w, log_keep, order, read_order, read_range, shares, d_z_read,
+            last - 1 - x, row, d, last - 1 - x >= first, H, NS, K, KR, D, BD, READS,
         )  # fmt: skip
-    longest = tl.max(last - first, 0)
-    for i in range(longest):
+    for i in range(last - first):
         p = last - 1 - i
-        live = p >= first
-        next_event = tl.load(order + p - 1, mask=p - 1 >= first, other=0)
-        next_source = tl.load(previous + p - 1, mask=p - 1 >= first, other=-1)
-        # The range is loaded in this iteration on purpose: a loop whose bound comes from values carried from one
-        # iteration to the next is lowered wrongly by Triton 3.6 and 3.7, to the bound of the first iteration.
-        read_first = tl.load(read_range + p * 2, mask=live, other=0)
-        read_last = tl.load(read_range + p * 2 + 1, mask=live, other=0)
+        next_event = tl.load(order + p - 1, mask=p > first, other=0)
+        source = tl.load(previous + p)
         if DEPTH > 0:
-            write = take(ahead, 0, 6 + 2 * NS)
+            write = take(ahead, 0, 2 + 2 * NS + 3 * READS)
             new = load_back(
-                q, d_o, k, beta, w, order, read_order, read_range, key_share, value_share, d_z_read,
-                p - DEPTH, p - DEPTH >= first, d, H, NS, K, KR, D, BD, READS,
+                q, d_o, k, beta, w, log_keep, order, read_order, read_range, shares, d_z_read,
+                p - DEPTH, row, d, p - DEPTH >= first, H, NS, K, KR, D, BD, READS,
             )  # fmt: skip
-            ahead = take(ahead, 6 + 2 * NS, (DEPTH - 1) * (6 + 2 * NS)) + new
+            ahead = take(ahead, 2 + 2 * NS + 3 * READS, (DEPTH - 1) * (2 + 2 * NS + 3 * READS)) + new
         else:
             write = load_back(
-                q, d_o, k, beta, w, order, read_order, read_range, key_share, value_share, d_z_read,
-                p, live, d, H, NS, K, KR, D, BD, READS,
+                q, d_o, k, beta, w, log_keep, order, read_order, read_range, shares, d_z_read,
+                p, row, d, True, H, NS, K, KR, D, BD, READS,
             )  # fmt: skip
-        seen = take(write, 1 + 2 * NS, 5)
         weight = write[0]
-
-        gk = tl.where(continued[:, None], gk, 0.0)
-        gv = tl.where(continued[:, None], gv, 0.0)
-        gz = tl.where(continued, gz, 0.0)
-        gs = tl.where(continued, gs, 0.0)
         if LEAVING:
-            left = tl.load(leaving + writes + p, mask=live, other=-1)
-            leaves = left >= 0
-            if tl.max(leaves.to(tl.int32), 0) > 0:
+            left = tl.load(leaving + writes + p)
+            if left >= 0:
                 memory = s * R_out + left
-                gk += load_vectors(d_out_k, memory * D, d, leaves, D, BD)
-                gv += load_vectors(d_out_v, memory * D, d, leaves, D, BD)
-                gz += tl.load(d_out_z + memory, mask=leaves, other=0.0)
-                if SURPRISE:
-                    gs += tl.load(d_out_surprise + memory, mask=leaves, other=0.0)
+                grad += load_pair(d_out_k + memory * D, d_out_v + memory * D, row, d, True, D, BD)
+                grad_z += tl.load(d_out_z + memory)
+        for r in tl.static_range(READS):
+            grad += write[3 * r + 3 + 2 * NS][:, None] * write[3 * r + 2 + 2 * NS].to(tl.float32)
+            grad_z += write[3 * r + 4 + 2 * NS]
+        # The range is loaded in this iteration on purpose: a loop whose bound comes from values carried from one
+        # iteration to the next is lowered wrongly by Triton 3.6 and 3.7, to the bound of the first iteration.
+        for number in range(tl.load(read_range + p * 2) + READS, tl.load(read_range + p * 2 + 1)):
+            more = load_read(q, d_o, shares, d_z_read, read_order, number, row, d, True, H, KR, D, BD)
+            grad += more[1][:, None] * more[0].to(tl.float32)
+            grad_z += more[2]
 
-        gk += tl.sum(seen[2][:, :, None] * seen[0].to(tl.float32), 1)
-        gv += tl.sum(seen[3][:, :, None] * seen[1].to(tl.float32), 1)
-        gz += tl.sum(seen[4], 1)
-        most = tl.max(read_last - read_first, 0)
-        for r in range(READS, most, READS):
-            which = read_first[:, None] + r + tl.arange(0, READS)[None, :]
-            mask = which < read_last[:, None]
-            more = tl.load(read_order + which, mask=mask, other=0)
-            seen = load_reads(q, d_o, key_share, value_share, d_z_read, more, mask, d, H, KR, D, BD)
-            gk += tl.sum(seen[2][:, :, None] * seen[0].to(tl.float32), 1)
-            gv += tl.sum(seen[3][:, :, None] * seen[1].to(tl.float32), 1)
-            gz += tl.sum(seen[4], 1)
-
-        store_vectors(adjoint, event * (2 * D), d, live, gk, D, BD)
-        store_vectors(adjoint, event * (2 * D) + D, d, live, gv, D, BD)
-        tl.store(adjoint_z + event, gz, mask=live)
+        here = adjoint + event * (2 * D)
+        store_pair(here, here + D, row, d, grad, D, BD)
+        tl.store(adjoint_z + event, grad_z)
         if INJECT:
             at = (row0 + event // K * H) * K + event % K
-            share_k = tl.where(weight > 0.0, tl.load(lam_k + at, mask=live, other=0.0).to(tl.float32), 0.0)
-            share_v = tl.where(weight > 0.0, tl.load(lam_v + at, mask=live, other=0.0).to(tl.float32), 0.0)
-            injected_k = load_vectors(c_k, at * D, d, live, D, BD).to(tl.float32)
-            injected_v = load_vectors(c_v, at * D, d, live, D, BD).to(tl.float32)
-            gz += share_k * tl.sum(gk * injected_k, 1) + share_v * tl.sum(gv * injected_v, 1)
-            gk *= (1.0 - share_k)[:, None]
-            gv *= (1.0 - share_v)[:, None]
+            share = tl.load(tl.where(row == 0, lam_k, lam_v) + at).to(tl.float32)
+            share = tl.where(weight > 0.0, share, 0.0)
+            injected = load_pair(c_k + at * D, c_v + at * D, row, d, True, D, BD).to(tl.float32)
+            grad_z += tl.sum(share * tl.sum(grad * injected, 1), 0)
+            grad *= (1.0 - share)[:, None]
         for j in tl.static_range(NS - 1, -1, -1):
-            key = write[2 * j + 2].to(tl.float32)
-            step = weight * write[2 * j + 1]
-            pull_k = tl.sum(key * gk, 1)
-            pull_v = tl.sum(key * gv, 1)
-            gk -= key * (step * pull_k)[:, None]
-            gv -= key * (step * pull_v)[:, None]
-            tl.store(pulls + (event * NS + j) * 2, pull_k, mask=live)
-            tl.store(pulls + (event * NS + j) * 2 + 1, pull_v, mask=live)
-        decay = tl.exp(power * log1p_minus(weight))
-        gk *= decay[:, None]
-        gv *= decay[:, None]
-        gz *= decay
-        if SURPRISE:
-            tl.store(adjoint_surprise + writes + event, gs, mask=live)
-            gs *= 1.0 - (1.0 - tl.load(eta + h).to(tl.float32)) * weight
+            key = write[2 * j + 3].to(tl.float32)
+            pull = tl.sum(key * grad, 1)
+            grad -= key * (weight * write[2 * j + 2] * pull)[:, None]
+            tl.store(pulls + (event * NS + j) * 2 + row, pull)
+        decay = tl.exp(power * write[1])
         if ENTERING:
-            enters = live & (source <= -2)
-            if tl.max(enters.to(tl.int32), 0) > 0:
+            if source <= -2:
                 memory = s * R_in + (-2 - source)
-                store_vectors(d_in_k, memory * D, d, enters, gk, D, BD)
-                store_vectors(d_in_v, memory * D, d, enters, gv, D, BD)
-                tl.store(d_in_z + memory, gz, mask=enters)
-                if SURPRISE:
-                    tl.store(d_in_surprise + memory, gs, mask=enters)
-        continued = live & (source >= 0)
+                store_pair(d_in_k + memory * D, d_in_v + memory * D, row, d, grad * decay, D, BD)
+                tl.store(d_in_z + memory, grad_z * decay)
+        decay = tl.where(source >= 0, decay, 0.0)  # 0 if the state before is none that an earlier write left
+        grad *= decay
+        grad_z *= decay
         event = next_event
-        source = next_source
 
 
 @triton.jit
 def entering_backward(
-    q, d_o, source, bucket, read_order, key_share, value_share, d_z_read, d_in_k, d_in_v, d_in_z,
+    q, d_o, source, bucket, read_order, shares, d_z_read, d_in_k, d_in_v, d_in_z,
     start, T, L, R_in, buckets,
     H: tl.constexpr, KR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ONE_SLOT: tl.constexpr,
 ):  # fmt: skip
@@ -283,8 +239,8 @@ def entering_backward(
             here = memory * D + d
             query = tl.load(q + row * D + d, mask=d < D, other=0.0).to(tl.float32)
             grad = tl.load(d_o + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-            sum_k = tl.load(d_in_k + here, mask=d < D, other=0.0) + tl.load(key_share + share) * query
-            sum_v = tl.load(d_in_v + here, mask=d < D, other=0.0) + tl.load(value_share + share) * grad
+            sum_k = tl.load(d_in_k + here, mask=d < D, other=0.0) + tl.load(shares + share * 2) * query
+            sum_v = tl.load(d_in_v + here, mask=d < D, other=0.0) + tl.load(shares + share * 2 + 1) * grad
             tl.store(d_in_k + here, sum_k, mask=d < D)
             tl.store(d_in_v + here, sum_v, mask=d < D)
             sum_z = tl.load(d_in_z + memory) + tl.load(d_z_read + share)

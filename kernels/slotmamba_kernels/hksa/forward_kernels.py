@@ -3,9 +3,9 @@
 Streams s = b*H + h; events of a stream are numbered t*K + j within the stretch of L tokens that a launch works on,
 which starts at token `start` of tensors of T tokens. `event_plan.py` says what the arrays of the plan hold.
 
-Slots never mix, so the writes are walked chain by chain, many chains at once: a program takes C buckets of slots and
-walks their writes in time order, its states in registers. After each write it stores what the slot then holds,
-C = S / z, for the reads, which are a second kernel, parallel over tokens.
+Slots never mix, so the writes are walked chain by chain, a warp each: it walks the writes of a bucket of slots in time
+order, key and value memory as the two rows of one tile in registers. After each write it stores what the slot then
+holds, C = S / z, for the reads, which are a second kernel, parallel over tokens.
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ def log1p_minus(w):
     x = -tl.minimum(w, MAX_DECAY_WEIGHT)
     shifted = 1.0 + x
     return tl.where(shifted == 1.0, x, tl.log(shifted) * (x / tl.where(shifted == 1.0, 1.0, shifted - 1.0)))
+
+
+@triton.jit
+def write_log_keeps(w, log_keep, start, T, L, width, BLOCK: tl.constexpr):
+    """log_keep [B, L, H*K] = log(1 - w) of a stretch of w [B, T, H*K], width = H*K; a row of programs a sequence."""
+    b = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < L * width
+    weight = tl.load(w + (b * T + start) * width + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(log_keep + b * L * width + i, log1p_minus(weight), mask=inside)
 
 
 @triton.jit
@@ -51,38 +61,60 @@ def take(values, first: tl.constexpr, count: tl.constexpr):
 
 
 @triton.jit
+def pair(of_keys, of_values, row, d):
+    """Pointers [2, BD] to a vector of key memory and one of value memory."""
+    return tl.where(row == 0, of_keys, of_values)[:, None] + d[None, :]
+
+
+@triton.jit
+def load_pair(of_keys, of_values, row, d, live, D: tl.constexpr, BD: tl.constexpr):
+    at = pair(of_keys, of_values, row, d)
+    return tl.load(at, mask=live if D == BD else live & (d[None, :] < D), other=0.0)
+
+
+@triton.jit
+def store_pair(of_keys, of_values, row, d, value, D: tl.constexpr, BD: tl.constexpr):
+    at = pair(of_keys, of_values, row, d)
+    if D == BD:
+        tl.store(at, value.to(of_keys.dtype.element_ty))
+    else:
+        tl.store(at, value.to(of_keys.dtype.element_ty), mask=d[None, :] < D)
+
+
+@triton.jit
 def load_write(
-    k, u_k, u_v, beta, w, event, d, live,
+    k, u_k, u_v, beta, w, log_keep, event, row, d, live,
     H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """What a write needs beside the state, a flat tuple: its weight, then beta_j, k_j, u_kj, u_vj of each step."""
+    """What a write needs beside the state, a flat tuple: its weight and log(1 - weight), then of each step beta_j and
+    [2, BD] k_j (twice) and u_kj, u_vj."""
     token = event // K
-    write = (tl.load(w + token * (H * K) + event % K, mask=live, other=0.0).to(tl.float32),)
+    at = token * (H * K) + event % K
+    write = (tl.load(w + at, mask=live, other=0.0).to(tl.float32), tl.load(log_keep + at, mask=live, other=0.0))
     for j in tl.static_range(NS):
         offset = token * (H * NS * D) + j * D
         write = write + (
             tl.load(beta + token * (H * NS) + j, mask=live, other=0.0).to(tl.float32),
-            load_vectors(k, offset, d, live, D, BD),
-            load_vectors(u_k, offset, d, live, D, BD),
-            load_vectors(u_v, offset, d, live, D, BD),
+            load_pair(k + offset, k + offset, row, d, live, D, BD),
+            load_pair(u_k + offset, u_v + offset, row, d, live, D, BD),
         )
     return write
 
 
 @triton.jit
 def chain_forward(
-    k, u_k, u_v, beta, w, gamma,
+    k, u_k, u_v, beta, w, log_keep, gamma,
     order, previous, leaving, bucket,
-    in_k, in_v, in_z, in_surprise,
-    c_k, c_v, lam_k, lam_v, a_s, eta,
-    contents, z_after, alongs, surprise_after, errors,
-    out_k, out_v, out_z, out_surprise,
+    in_k, in_v, in_z,
+    c_k, c_v, lam_k, lam_v,
+    contents, z_after, alongs, errors,
+    out_k, out_v, out_z,
     start, T, L, R_in, R_out, buckets, empty_z,
-    H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
+    H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     ENTERING: tl.constexpr, LEAVING: tl.constexpr, SURPRISE: tl.constexpr, INJECT: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Walks the writes of C buckets. contents [S, L*K, 2, D]; z_after, surprise_after [S, L*K]; errors [S, L*K, 2];
-    alongs [S, L*K, n, 2]: what each step found along its direction, k_j . S, of key and value memory.
+    """Walks the writes of a bucket. contents [S, L*K, 2, D]; z_after [S, L*K]; errors [S, L*K, 2]; alongs
+    [S, L*K, n, 2]: what each step found along its direction, k_j . S, of key and value memory.
 
     DEPTH: so many writes ahead their vectors, which do not depend on the state, are loaded. It pays where there are too
     few chains for one to run while another waits.
@@ -91,15 +123,11 @@ def chain_forward(
     b = s // H
     h = s % H
     d = tl.arange(0, BD)
-    nb = tl.program_id(0) * C + tl.arange(0, C)
-    first = tl.load(bucket + s * (buckets + 1) + nb, mask=nb < buckets, other=0)
-    last = tl.load(bucket + s * (buckets + 1) + nb + 1, mask=nb < buckets, other=0)
+    row = tl.arange(0, 2)
+    at_bucket = bucket + s * (buckets + 1) + tl.program_id(0)
+    first = tl.load(at_bucket)
+    last = tl.load(at_bucket + 1)
     power = tl.load(gamma + h).to(tl.float32)
-    sk = tl.zeros([C, BD], tl.float32)
-    sv = tl.zeros([C, BD], tl.float32)
-    z = tl.zeros([C], tl.float32) + empty_z
-    surprise = tl.zeros([C], tl.float32)
-
     # Within a stream and a stretch offsets fit 32 bits.
     row0 = (b * T + start) * H + h
     k += row0 * (NS * D)
@@ -107,6 +135,7 @@ def chain_forward(
     u_v += row0 * (NS * D)
     beta += row0 * NS
     w += row0 * K
+    log_keep += (b * L * H + h) * K
     writes = s * L * K
     order += writes
     previous += writes
@@ -114,105 +143,72 @@ def chain_forward(
     z_after += writes
     alongs += writes * (2 * NS)
 
+    held = tl.zeros([2, BD], tl.float32)  # C = S / z
+    z = empty_z + 0.0
     event = tl.load(order + first, mask=first < last, other=0)
     source = tl.load(previous + first, mask=first < last, other=-1)
     ahead = ()
     for x in tl.static_range(DEPTH):
         early = tl.load(order + first + x, mask=first + x < last, other=0)
-        ahead = ahead + load_write(k, u_k, u_v, beta, w, early, d, first + x < last, H, NS, K, D, BD)
-    longest = tl.max(last - first, 0)
-    for i in range(longest):
-        p = first + i
-        live = p < last
-        next_live = p + 1 < last
-        next_event = tl.load(order + p + 1, mask=next_live, other=0)
-        next_source = tl.load(previous + p + 1, mask=next_live, other=-1)
+        ahead = ahead + load_write(
+            k, u_k, u_v, beta, w, log_keep, early, row, d, first + x < last, H, NS, K, D, BD
+        )  # fmt: skip
+    for p in range(first, last):
+        next_event = tl.load(order + p + 1, mask=p + 1 < last, other=0)
+        next_source = tl.load(previous + p + 1, mask=p + 1 < last, other=-1)
         if DEPTH > 0:
-            write = take(ahead, 0, 1 + 4 * NS)
+            write = take(ahead, 0, 2 + 3 * NS)
             early = tl.load(order + p + DEPTH, mask=p + DEPTH < last, other=0)
-            new = load_write(k, u_k, u_v, beta, w, early, d, p + DEPTH < last, H, NS, K, D, BD)
-            ahead = take(ahead, 1 + 4 * NS, (DEPTH - 1) * (1 + 4 * NS)) + new
+            new = load_write(k, u_k, u_v, beta, w, log_keep, early, row, d, p + DEPTH < last, H, NS, K, D, BD)
+            ahead = take(ahead, 2 + 3 * NS, (DEPTH - 1) * (2 + 3 * NS)) + new
         else:
-            write = load_write(k, u_k, u_v, beta, w, event, d, live, H, NS, K, D, BD)
+            write = load_write(k, u_k, u_v, beta, w, log_keep, event, row, d, True, H, NS, K, D, BD)
         weight = write[0]
 
-        started = source >= 0  # whether the state goes on; else it starts anew, from the entering memory or empty
+        z = tl.where(source == -1, empty_z, z)
+        if SURPRISE:
+            held = tl.where(source == -1, 0.0, held)
         if ENTERING:
-            enters = live & (source <= -2)
-            if tl.max(enters.to(tl.int32), 0) > 0:
+            if source <= -2:
                 memory = s * R_in + (-2 - source)
-                sk = tl.where(enters[:, None], load_vectors(in_k, memory * D, d, enters, D, BD), sk)
-                sv = tl.where(enters[:, None], load_vectors(in_v, memory * D, d, enters, D, BD), sv)
-                z = tl.where(enters, tl.load(in_z + memory, mask=enters, other=1.0), z)
-                if SURPRISE:
-                    surprise = tl.where(enters, tl.load(in_surprise + memory, mask=enters, other=0.0), surprise)
-            started = started | enters
-        z = tl.where(started, z, empty_z)
+                z = tl.load(in_z + memory)
+                held = load_pair(in_k + memory * D, in_v + memory * D, row, d, True, D, BD) / z
         if SURPRISE:
-            surprise = tl.where(started, surprise, 0.0)
-            sk = tl.where(started[:, None], sk, 0.0)
-            sv = tl.where(started[:, None], sv, 0.0)
-
-        if SURPRISE:
-            total = tl.zeros([C], tl.float32)
-            mean_k = tl.zeros([C, BD], tl.float32)
-            mean_v = tl.zeros([C, BD], tl.float32)
+            total = 0.0
+            mean = tl.zeros([2, BD], tl.float32)
             for j in tl.static_range(NS):
-                size = write[4 * j + 1]
-                total += size
-                mean_k += size[:, None] * write[4 * j + 3].to(tl.float32)
-                mean_v += size[:, None] * write[4 * j + 4].to(tl.float32)
-            share = 1.0 / tl.maximum(total, MIN_BETA_SUM)
-            miss_k = sk / z[:, None] - mean_k * share[:, None]
-            miss_v = sv / z[:, None] - mean_v * share[:, None]
-            error_k = tl.sum(miss_k * miss_k, 1) / D
-            error_v = tl.sum(miss_v * miss_v, 1) / D
-            mix = tl.load(a_s + h).to(tl.float32)
-            rate = (1.0 - tl.load(eta + h).to(tl.float32)) * weight
-            surprise += rate * (mix * error_k + (1.0 - mix) * error_v - surprise)
-            tl.store(errors + (writes + event) * 2, error_k, mask=live)
-            tl.store(errors + (writes + event) * 2 + 1, error_v, mask=live)
-            tl.store(surprise_after + writes + event, surprise, mask=live)
+                total += write[3 * j + 2]
+                mean += write[3 * j + 2] * write[3 * j + 4].to(tl.float32)
+            miss = held - mean / tl.maximum(total, MIN_BETA_SUM)
+            tl.store(errors + (writes + event) * 2 + row, tl.sum(miss * miss, 1) / D)
 
-        decay = tl.exp(power * log1p_minus(weight))
-        z = z * decay + weight
-        decay = tl.where(started, decay, 0.0)
-        sk *= decay[:, None]
-        sv *= decay[:, None]
+        kept = z * tl.exp(power * write[1])
+        z = kept + weight
+        inverse = 1.0 / z
+        held *= tl.where(source == -1, 0.0, kept * inverse)
         for j in tl.static_range(NS):
-            step = (weight * write[4 * j + 1])[:, None]
-            key = write[4 * j + 2].to(tl.float32)
-            along_k = tl.sum(key * sk, 1)
-            along_v = tl.sum(key * sv, 1)
-            sk += step * write[4 * j + 3].to(tl.float32)
-            sv += step * write[4 * j + 4].to(tl.float32)
-            sk -= key * (step * along_k[:, None])
-            sv -= key * (step * along_v[:, None])
-            tl.store(alongs + (event * NS + j) * 2, along_k, mask=live)
-            tl.store(alongs + (event * NS + j) * 2 + 1, along_v, mask=live)
+            step = weight * write[3 * j + 2]
+            key = write[3 * j + 3].to(tl.float32)
+            along = tl.sum(key * held, 1)
+            held += (step * inverse) * write[3 * j + 4].to(tl.float32)
+            held -= key * (step * along)[:, None]
+            tl.store(alongs + (event * NS + j) * 2 + row, along * z)
         if INJECT:
             at = (row0 + event // K * H) * K + event % K
-            share_k = tl.where(weight > 0.0, tl.load(lam_k + at, mask=live, other=0.0).to(tl.float32), 0.0)
-            share_v = tl.where(weight > 0.0, tl.load(lam_v + at, mask=live, other=0.0).to(tl.float32), 0.0)
-            injected_k = load_vectors(c_k, at * D, d, live, D, BD).to(tl.float32)
-            injected_v = load_vectors(c_v, at * D, d, live, D, BD).to(tl.float32)
-            sk = sk * (1.0 - share_k)[:, None] + (share_k * z)[:, None] * injected_k
-            sv = sv * (1.0 - share_v)[:, None] + (share_v * z)[:, None] * injected_v
+            share = tl.load(tl.where(row == 0, lam_k, lam_v) + at).to(tl.float32)
+            share = tl.where(weight > 0.0, share, 0.0)[:, None]
+            injected = load_pair(c_k + at * D, c_v + at * D, row, d, True, D, BD).to(tl.float32)
+            held = held * (1.0 - share) + share * injected
 
-        inverse = (1.0 / z)[:, None]
-        store_vectors(contents, event * (2 * D), d, live, sk * inverse, D, BD)
-        store_vectors(contents, event * (2 * D) + D, d, live, sv * inverse, D, BD)
-        tl.store(z_after + event, z, mask=live)
+        here = contents + event * (2 * D)
+        store_pair(here, here + D, row, d, held, D, BD)
+        tl.store(z_after + event, z)
         if LEAVING:
-            left = tl.load(leaving + writes + p, mask=live, other=-1)
-            leaves = left >= 0
-            if tl.max(leaves.to(tl.int32), 0) > 0:
+            left = tl.load(leaving + writes + p)
+            if left >= 0:
                 memory = s * R_out + left
-                store_vectors(out_k, memory * D, d, leaves, sk, D, BD)
-                store_vectors(out_v, memory * D, d, leaves, sv, D, BD)
-                tl.store(out_z + memory, z, mask=leaves)
-                if SURPRISE:
-                    tl.store(out_surprise + memory, surprise, mask=leaves)
+                store_pair(out_k + memory * D, out_v + memory * D, row, d, held * z, D, BD)
+                tl.store(out_z + memory, z)
         event = next_event
         source = next_source
 

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from slotmamba_kernels.hksa.backward_kernels import chain_backward, entering_backward, read_backward
 from slotmamba_kernels.hksa.event_plan import EventPlan
-from slotmamba_kernels.hksa.forward_kernels import chain_forward, read_forward
+from slotmamba_kernels.hksa.forward_kernels import chain_forward, read_forward, write_log_keeps
 from slotmamba_kernels.hksa.state import SlotState
+from slotmamba_kernels.hksa.surprise_kernels import surprise_backward, surprise_forward
 from slotmamba_kernels.hksa.token_kernels import token_backward
 
-CHAIN_ELEMENTS = 256  # of one state vector for each of a program's chains: 8 a thread
 TOKEN_ELEMENTS = 256  # the same for the slots that token_backward takes at a time
 TOKEN_REGISTERS = 168  # of token_backward for up to two steps: three warps a scheduler instead of two
+LOG_KEEP_BLOCK = 1024
+SURPRISE_TILE = 32  # writes of a bucket whose surprise is formed at a time
 FEWEST_PROGRAMS = 4096  # below it a program takes fewer chains, so that the GPU has enough of them
 
 
@@ -76,6 +78,7 @@ class Table:
     contents: Tensor
     z: Tensor
     alongs: Tensor
+    log_keep: Tensor
     surprise: Tensor | None
     errors: Tensor | None
 
@@ -87,6 +90,7 @@ class Table:
             contents=torch.empty(*scores, 2, dim, dtype=x.table_dtype, device=device),
             z=torch.empty(scores, dtype=torch.float32, device=device),
             alongs=torch.empty(*scores, steps, 2, dtype=torch.float32, device=device),
+            log_keep=torch.empty(batch, length, heads, writes, dtype=torch.float32, device=device),
             surprise=None if x.a_s is None else torch.empty(scores, dtype=torch.float32, device=device),
             errors=None if x.a_s is None else torch.empty(*scores, 2, dtype=torch.float32, device=device),
         )
@@ -136,17 +140,28 @@ def write_forward(
     streams = batch * heads
     table = Table.empty(x, at.length)
     block = triton.next_power_of_2(dim)
-    chains = _chains_of_program(streams, at.plan.num_buckets, block)
-    chain_forward[(_ceil(at.plan.num_buckets, chains), streams)](
-        x.k, x.u_k, x.u_v, x.beta, x.write_w, x.gamma,
+    width = heads * writes
+    write_log_keeps[(_ceil(at.length * width, LOG_KEEP_BLOCK), batch)](
+        x.write_w, table.log_keep, at.start, length, at.length, width, BLOCK=LOG_KEEP_BLOCK, num_warps=4
+    )
+    chain_forward[(at.plan.num_buckets, streams)](
+        x.k, x.u_k, x.u_v, x.beta, x.write_w, table.log_keep, x.gamma,
         at.plan.write_order, at.plan.previous, at.plan.leaving, at.plan.write_bucket,
-        *_parts(entering), x.c_k, x.c_v, x.lam_k, x.lam_v, x.a_s, x.eta,
-        table.contents, table.z, table.alongs, table.surprise, table.errors, *_parts(leaving),
+        *_parts(entering)[:3], x.c_k, x.c_v, x.lam_k, x.lam_v,
+        table.contents, table.z, table.alongs, table.errors, *_parts(leaving)[:3],
         at.start, length, at.length, _rows(entering), _rows(leaving), at.plan.num_buckets, 1.0 / num_slots,
-        H=heads, NS=steps, K=writes, D=dim, BD=block, C=chains,
+        H=heads, NS=steps, K=writes, D=dim, BD=block,
         ENTERING=entering is not None, LEAVING=leaving is not None,
-        SURPRISE=x.a_s is not None, INJECT=x.c_k is not None, DEPTH=_depth(chains), num_warps=1,
+        SURPRISE=x.a_s is not None, INJECT=x.c_k is not None, DEPTH=_depth(streams * at.plan.num_buckets), num_warps=1,
     )  # fmt: skip
+    if x.a_s is not None:
+        surprise_forward[(at.plan.num_buckets, streams)](
+            x.write_w, at.plan.write_order, at.plan.previous, at.plan.leaving, at.plan.write_bucket, table.errors,
+            x.a_s, x.eta, _parts(entering)[3], table.surprise, _parts(leaving)[3],
+            at.start, length, at.length, _rows(entering), _rows(leaving), at.plan.num_buckets,
+            H=heads, K=writes, TILE=SURPRISE_TILE,
+            ENTERING=entering is not None, LEAVING=leaving is not None, num_warps=1,
+        )  # fmt: skip
     return table
 
 
@@ -180,12 +195,11 @@ def stretch_backward(
     width = triton.next_power_of_2(reads)
     plan, memory = at.plan, _parts(entering)
     switches = {"ENTERING": entering is not None, "SURPRISE": x.a_s is not None, "INJECT": x.c_k is not None}
-    key_share, value_share, d_z_read = torch.empty(
-        3, streams, at.length * reads, dtype=torch.float32, device=device
-    ).unbind(0)
+    shares = torch.empty(streams, at.length * reads, 2, dtype=torch.float32, device=device)
+    d_z_read = torch.empty(streams, at.length * reads, dtype=torch.float32, device=device)
     read_backward[(at.length, streams)](
         x.q, x.read_w, plan.read_source, table.contents, table.z, *memory[:3], d_o,
-        grads.q, grads.read_w, key_share, value_share, d_z_read,
+        grads.q, grads.read_w, shares, d_z_read,
         at.start, length, at.length, table.z.shape[1], _rows(entering), empty_z, dim**-0.5,
         H=heads, K=reads, BK=width, D=dim, BD=block, ENTERING=entering is not None,
         num_warps=_token_warps(width * block),
@@ -193,37 +207,44 @@ def stretch_backward(
 
     adjoint = torch.empty_like(table.contents, dtype=x.adjoint_dtype)
     adjoint_z, pulls = torch.empty_like(table.z), torch.empty_like(table.alongs)
-    adjoint_surprise = None if table.surprise is None else torch.empty_like(table.surprise)
-    chains = _chains_of_program(streams, plan.num_buckets, block)
-    chain_backward[(_ceil(plan.num_buckets, chains), streams)](
-        x.q, d_o, x.k, x.beta, x.write_w, x.gamma, x.eta,
+    adjoint_surprise = None if table.surprise is None else torch.zeros_like(table.surprise)
+    chain_backward[(plan.num_buckets, streams)](
+        x.q, d_o, x.k, x.beta, x.write_w, table.log_keep, x.gamma,
         plan.write_order, plan.previous, plan.leaving, plan.write_bucket, plan.read_order, plan.read_range,
-        key_share, value_share, d_z_read, x.c_k, x.c_v, x.lam_k, x.lam_v,
-        *_parts(d_leaving), adjoint, adjoint_z, pulls, adjoint_surprise, *_parts(d_entering),
+        shares, d_z_read, x.c_k, x.c_v, x.lam_k, x.lam_v,
+        *_parts(d_leaving)[:3], adjoint, adjoint_z, pulls, *_parts(d_entering)[:3],
         at.start, length, at.length, _rows(entering), _rows(d_leaving), plan.num_buckets,
-        H=heads, NS=steps, K=writes, KR=reads, D=dim, BD=block, C=chains, READS=4 if chains == 1 else 2,
-        LEAVING=d_leaving is not None, DEPTH=_depth(chains), **switches, num_warps=1,
+        H=heads, NS=steps, K=writes, KR=reads, D=dim, BD=block, READS=2,
+        ENTERING=entering is not None, LEAVING=d_leaving is not None, INJECT=x.c_k is not None,
+        DEPTH=_depth(streams * plan.num_buckets), num_warps=1,
     )  # fmt: skip
+    if adjoint_surprise is not None and d_leaving is not None:
+        surprise_backward[(plan.num_buckets, streams)](
+            x.write_w, plan.write_order, plan.previous, plan.leaving, plan.write_bucket, x.eta,
+            d_leaving.surprise, adjoint_surprise, _parts(d_entering)[3],
+            at.start, length, at.length, _rows(entering), _rows(d_leaving), plan.num_buckets,
+            H=heads, K=writes, TILE=SURPRISE_TILE, ENTERING=entering is not None, num_warps=1,
+        )  # fmt: skip
     if d_entering is not None:
         entering_backward[(plan.num_buckets, streams)](
-            x.q, d_o, plan.read_source, plan.read_bucket, plan.read_order, key_share, value_share, d_z_read,
+            x.q, d_o, plan.read_source, plan.read_bucket, plan.read_order, shares, d_z_read,
             *_parts(d_entering)[:3], at.start, length, at.length, _rows(entering), plan.num_buckets,
             H=heads, KR=reads, D=dim, BD=block, ONE_SLOT=plan.num_buckets == num_slots, num_warps=1,
         )  # fmt: skip
 
-    shares = torch.empty(3, streams, at.length, dtype=torch.float32, device=device)
+    head_shares = torch.empty(3, streams, at.length, dtype=torch.float32, device=device)
     width = max(1, min(triton.next_power_of_2(writes), TOKEN_ELEMENTS // block))
     token_backward[(at.length, streams)](
         x.k, x.u_k, x.u_v, x.beta, x.write_w, x.gamma, x.a_s, x.eta,
         plan.write_source, table.contents, table.z, table.alongs, table.surprise, table.errors, *memory,
         adjoint, adjoint_z, pulls, adjoint_surprise, x.c_k, x.c_v, x.lam_k, x.lam_v,
-        grads.k, grads.u_k, grads.u_v, grads.beta, grads.write_w, *shares.unbind(0),
+        grads.k, grads.u_k, grads.u_v, grads.beta, grads.write_w, *head_shares.unbind(0),
         grads.c_k, grads.c_v, grads.lam_k, grads.lam_v,
         at.start, length, at.length, _rows(entering), empty_z,
         H=heads, NS=steps, K=writes, BK=width, D=dim, BD=block, **switches, num_warps=1,
         maxnreg=TOKEN_REGISTERS if steps <= 2 else None,
     )  # fmt: skip
-    for name, share in zip(("gamma", "a_s", "eta"), shares.unbind(0), strict=True):
+    for name, share in zip(("gamma", "a_s", "eta"), head_shares.unbind(0), strict=True):
         total = getattr(grads, name)
         if total is not None:
             total += share.view(batch, heads, at.length).sum((0, 2))
@@ -241,16 +262,9 @@ def _rows(memory: SlotState | None) -> int:
     return 1 if memory is None else memory.z.shape[-1]
 
 
-def _chains_of_program(streams: int, buckets: int, block: int) -> int:
-    chains = max(1, CHAIN_ELEMENTS // block)
-    while chains > 1 and streams * _ceil(buckets, chains) < FEWEST_PROGRAMS:
-        chains //= 2
-    return chains
-
-
-def _depth(chains: int) -> int:
-    """How many writes ahead a chain loads: several where a program has one chain, since then there are few."""
-    return 3 if chains == 1 else 0
+def _depth(programs: int) -> int:
+    """How many writes ahead a chain loads: several where there are few chains."""
+    return 3 if programs < FEWEST_PROGRAMS else 0
 
 
 def _ceil(count: int, size: int) -> int:

@@ -31,7 +31,7 @@ MAX_OFFSET = 2**31 - 1  # of the kernels' offsets within a stream and a stretch
 RECOMPUTED_BYTES = 2**29  # of the tables of a stretch when they are made again in the backward pass
 PLAN_TENSORS = 9
 MEMORY_TENSORS = 5  # S_k, S_v, z, surprise, slots
-TABLE_TENSORS = 5
+TABLE_TENSORS = 6
 STRETCH_TENSORS = PLAN_TENSORS + MEMORY_TENSORS + TABLE_TENSORS
 
 
@@ -336,13 +336,13 @@ def _unpacked(
     """A stretch, the memory that entered it (None for the first) and its table (None when it is to be made again)."""
     plan = EventPlan(*kept[:PLAN_TENSORS])
     S_k, S_v, z, surprise, slots = kept[PLAN_TENSORS : PLAN_TENSORS + MEMORY_TENSORS]
-    contents, z_after, alongs, surprise_after, errors = kept[PLAN_TENSORS + MEMORY_TENSORS :]
+    contents, z_after, alongs, log_keep, surprise_after, errors = kept[PLAN_TENSORS + MEMORY_TENSORS :]
     memory = Memory(SlotState(S_k, S_v, z, surprise), slots if slots.numel() else None) if start else None
     table = None
     if not recompute:
         with_surprise = surprise_after.numel() > 0
         scores = (surprise_after, errors) if with_surprise else (None, None)
-        table = Table(contents, z_after, alongs, *scores)
+        table = Table(contents, z_after, alongs, log_keep, *scores)
     return Stretch(start, length, plan), memory, table
 
 
