@@ -15,8 +15,7 @@ from slotmamba_kernels.hksa.state import SlotState
 from slotmamba_kernels.hksa.surprise_kernels import surprise_backward, surprise_forward
 from slotmamba_kernels.hksa.token_kernels import token_backward
 
-TOKEN_ELEMENTS = 256  # the same for the slots that token_backward takes at a time
-TOKEN_REGISTERS = 168  # of token_backward for up to two steps: three warps a scheduler instead of two
+CHAIN_READS = 1  # of the state after a write that are loaded with it; on average there is one
 LOG_KEEP_BLOCK = 1024
 SURPRISE_TILE = 32  # writes of a bucket whose surprise is formed at a time
 FEWEST_PROGRAMS = 4096  # below it a program takes fewer chains, so that the GPU has enough of them
@@ -194,7 +193,6 @@ def stretch_backward(
     block, empty_z = triton.next_power_of_2(dim), 1.0 / num_slots
     width = triton.next_power_of_2(reads)
     plan, memory = at.plan, _parts(entering)
-    switches = {"ENTERING": entering is not None, "SURPRISE": x.a_s is not None, "INJECT": x.c_k is not None}
     shares = torch.empty(streams, at.length * reads, 2, dtype=torch.float32, device=device)
     d_z_read = torch.empty(streams, at.length * reads, dtype=torch.float32, device=device)
     read_backward[(at.length, streams)](
@@ -214,7 +212,7 @@ def stretch_backward(
         shares, d_z_read, x.c_k, x.c_v, x.lam_k, x.lam_v,
         *_parts(d_leaving)[:3], adjoint, adjoint_z, pulls, *_parts(d_entering)[:3],
         at.start, length, at.length, _rows(entering), _rows(d_leaving), plan.num_buckets,
-        H=heads, NS=steps, K=writes, KR=reads, D=dim, BD=block, READS=2,
+        H=heads, NS=steps, K=writes, KR=reads, D=dim, BD=block, READS=CHAIN_READS,
         ENTERING=entering is not None, LEAVING=d_leaving is not None, INJECT=x.c_k is not None,
         DEPTH=_depth(streams * plan.num_buckets), num_warps=1,
     )  # fmt: skip
@@ -233,16 +231,15 @@ def stretch_backward(
         )  # fmt: skip
 
     head_shares = torch.empty(3, streams, at.length, dtype=torch.float32, device=device)
-    width = max(1, min(triton.next_power_of_2(writes), TOKEN_ELEMENTS // block))
     token_backward[(at.length, streams)](
-        x.k, x.u_k, x.u_v, x.beta, x.write_w, x.gamma, x.a_s, x.eta,
+        x.k, x.u_k, x.u_v, x.beta, x.write_w, table.log_keep, x.gamma, x.a_s, x.eta,
         plan.write_source, table.contents, table.z, table.alongs, table.surprise, table.errors, *memory,
         adjoint, adjoint_z, pulls, adjoint_surprise, x.c_k, x.c_v, x.lam_k, x.lam_v,
         grads.k, grads.u_k, grads.u_v, grads.beta, grads.write_w, *head_shares.unbind(0),
         grads.c_k, grads.c_v, grads.lam_k, grads.lam_v,
         at.start, length, at.length, _rows(entering), empty_z,
-        H=heads, NS=steps, K=writes, BK=width, D=dim, BD=block, **switches, num_warps=1,
-        maxnreg=TOKEN_REGISTERS if steps <= 2 else None,
+        H=heads, NS=steps, K=writes, D=dim, BD=block,
+        ENTERING=entering is not None, SURPRISE=x.a_s is not None, INJECT=x.c_k is not None, num_warps=1,
     )  # fmt: skip
     for name, share in zip(("gamma", "a_s", "eta"), head_shares.unbind(0), strict=True):
         total = getattr(grads, name)

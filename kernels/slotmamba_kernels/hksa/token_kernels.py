@@ -9,30 +9,53 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from slotmamba_kernels.hksa.forward_kernels import load_contents, load_vectors, log1p_minus, store_vectors
+from slotmamba_kernels.hksa.forward_kernels import load_pair, store_pair
 
 
 @triton.jit
-def load_step_vectors(x, offset, d, NS: tl.constexpr, D: tl.constexpr):
-    """The vectors of a token's Householder steps: a tuple of [BD], in x's dtype."""
-    vectors = ()
+def load_step_vectors(k, u_k, u_v, row, d, NS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Of each of a token's Householder steps k_j (twice) and u_kj, u_vj, [2, BD] in their dtype: two tuples."""
+    keys = ()
+    targets = ()
     for j in tl.static_range(NS):
-        vectors = vectors + (tl.load(x + offset + j * D + d, mask=d < D, other=0.0),)
-    return vectors
+        keys = keys + (load_pair(k + j * D, k + j * D, row, d, True, D, BD),)
+        targets = targets + (load_pair(u_k + j * D, u_v + j * D, row, d, True, D, BD),)
+    return keys, targets
+
+
+@triton.jit
+def load_slot(
+    source, contents, adjoint, in_k, in_v, memories, i, row, d,
+    K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ENTERING: tl.constexpr,
+):  # fmt: skip
+    """What takes long to load of a token's write to slot i of its K, arguments from the token's first on: the code of
+    the state before, the adjoint after, the state before as S / z or, if it entered, as S (its memories begin at row
+    `memories`), all [2, BD] in their dtype."""
+    used = i < K
+    pointer = tl.load(source + i, mask=used, other=-1)
+    here = adjoint + i * (2 * D)
+    grad = load_pair(here, here + D, row, d, used, D, BD)
+    before = contents + tl.maximum(pointer, 0) * (2 * D)
+    held = load_pair(before, before + D, row, d, pointer >= 0, D, BD)
+    if ENTERING:
+        memory = (memories + tl.maximum(-2 - pointer, 0)) * D
+        entered = load_pair(in_k + memory, in_v + memory, row, d, pointer <= -2, D, BD)
+        return pointer, grad, held, entered
+    return pointer, grad, held, held
 
 
 @triton.jit
 def token_backward(
-    k, u_k, u_v, beta, w, gamma, a_s, eta,
+    k, u_k, u_v, beta, w, log_keep, gamma, a_s, eta,
     source, contents, z_after, alongs, surprise_after, errors, in_k, in_v, in_z, in_surprise,
     adjoint, adjoint_z, pulls, adjoint_surprise,
     c_k, c_v, lam_k, lam_v,
     d_k, d_u_k, d_u_v, d_beta, d_w, d_gamma, d_a_s, d_eta, d_c_k, d_c_v, d_lam_k, d_lam_v,
     start, T, L, R_in, empty_z,
-    H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     ENTERING: tl.constexpr, SURPRISE: tl.constexpr, INJECT: tl.constexpr,
 ):  # fmt: skip
-    """One token of one stream, BK slots at a time. d_gamma, d_a_s, d_eta [S, L]: the token's share of the gradients of
+    """One token of one stream, slot after slot. d_gamma, d_a_s, d_eta [S, L]: the token's share of the gradients of
     head parameters.
 
     With P the state before the write, G the adjoint of the state after its steps and x_j = w beta_j, the states between
@@ -43,142 +66,122 @@ def token_backward(
     s = tl.program_id(1).to(tl.int64)
     b = s // H
     h = s % H
-    row = (b * T + start + t) * H + h
+    at_token = (b * T + start + t) * H + h
     d = tl.arange(0, BD)
+    row = tl.arange(0, 2)
     power = tl.load(gamma + h).to(tl.float32)
-    keys = load_step_vectors(k, row * (NS * D), d, NS, D)
-    writes_k = load_step_vectors(u_k, row * (NS * D), d, NS, D)
-    writes_v = load_step_vectors(u_v, row * (NS * D), d, NS, D)
+    vectors = at_token * (NS * D)
+    keys, targets = load_step_vectors(k + vectors, u_k + vectors, u_v + vectors, row, d, NS, D, BD)
+    in_stretch = ((b * L + t) * H + h) * K
+    source += in_stretch
+    log_keep += in_stretch
+    event0 = (s * L + t) * K
+    contents += s * L * K * (2 * D)
+    z_after += s * L * K
+    adjoint += event0 * (2 * D)
     sizes = ()
-    sums_k = ()  # over the slots seen so far, the BK of a block kept apart until the end
-    sums_u_k = ()
-    sums_u_v = ()
+    sums_k = ()
+    sums_u = ()
     sums_beta = ()
     for j in tl.static_range(NS):
-        sizes = sizes + (tl.load(beta + row * NS + j).to(tl.float32),)
-        sums_k = sums_k + (tl.zeros([BK, BD], tl.float32),)
-        sums_u_k = sums_u_k + (tl.zeros([BK, BD], tl.float32),)
-        sums_u_v = sums_u_v + (tl.zeros([BK, BD], tl.float32),)
-        sums_beta = sums_beta + (tl.zeros([BK], tl.float32),)
-    sum_gamma = tl.zeros([BK], tl.float32)
-    sum_a_s = tl.zeros([BK], tl.float32)
-    sum_eta = tl.zeros([BK], tl.float32)
+        sizes = sizes + (tl.load(beta + at_token * NS + j).to(tl.float32),)
+        sums_k = sums_k + (tl.zeros([2, BD], tl.float32),)
+        sums_u = sums_u + (tl.zeros([2, BD], tl.float32),)
+        sums_beta = sums_beta + (0.0,)
+    sum_gamma = 0.0
+    sum_a_s = 0.0
+    sum_eta = 0.0
 
-    for block in range(0, K, BK):
-        i = block + tl.arange(0, BK)
-        used = i < K
-        pointer = tl.load(source + ((b * L + t) * H + h) * K + i, mask=used, other=-1)
-        event = (s * L + t) * K + i
-        gk = load_vectors(adjoint, event * (2 * D), d, used, D, BD).to(tl.float32)
-        gv = load_vectors(adjoint, event * (2 * D) + D, d, used, D, BD).to(tl.float32)
-        gz = tl.load(adjoint_z + event, mask=used, other=0.0)
-        weight = tl.load(w + row * K + i, mask=used, other=0.0).to(tl.float32)
-        held_k, held_v, z = load_contents(
-            contents, z_after, in_k, in_v, in_z, pointer, s, L * K, R_in, empty_z, d, used, D, BD, ENTERING
-        )
-        log_keep = log1p_minus(weight)
-        decay = tl.exp(power * log_keep)
-        along_k = ()
-        along_v = ()
-        pull_k = ()
-        pull_v = ()
+    ahead = load_slot(source, contents, adjoint, in_k, in_v, s * R_in, 0, row, d, K, D, BD, ENTERING)
+    for i in range(K):
+        loaded = ahead
+        ahead = load_slot(source, contents, adjoint, in_k, in_v, s * R_in, i + 1, row, d, K, D, BD, ENTERING)
+        pointer = loaded[0]
+        grad = loaded[1].to(tl.float32)
+        held = loaded[2].to(tl.float32)
+        z = tl.where(pointer >= 0, tl.load(z_after + tl.maximum(pointer, 0), mask=pointer >= 0, other=1.0), empty_z)
+        if ENTERING:
+            entered_z = tl.load(in_z + s * R_in + tl.maximum(-2 - pointer, 0), mask=pointer <= -2, other=1.0)
+            z = tl.where(pointer <= -2, entered_z, z)
+            held += loaded[3] / entered_z
+        grad_z = tl.load(adjoint_z + event0 + i)
+        weight = tl.load(w + at_token * K + i).to(tl.float32)
+        log_kept = tl.load(log_keep + i)
+        decay = tl.exp(power * log_kept)
+        along = ()
+        pull = ()
         for j in tl.static_range(NS):
-            at = (event * NS + j) * 2
-            along_k = along_k + (tl.load(alongs + at, mask=used, other=0.0),)
-            along_v = along_v + (tl.load(alongs + at + 1, mask=used, other=0.0),)
-            pull_k = pull_k + (tl.load(pulls + at, mask=used, other=0.0),)
-            pull_v = pull_v + (tl.load(pulls + at + 1, mask=used, other=0.0),)
+            at = ((event0 + i) * NS + j) * 2 + row
+            along = along + (tl.load(alongs + at),)
+            pull = pull + (tl.load(pulls + at),)
 
         if INJECT:
-            slot = row * K + i
-            share_k = tl.where(weight > 0.0, tl.load(lam_k + slot, mask=used, other=0.0).to(tl.float32), 0.0)
-            share_v = tl.where(weight > 0.0, tl.load(lam_v + slot, mask=used, other=0.0).to(tl.float32), 0.0)
-            injected_k = load_vectors(c_k, slot * D, d, used, D, BD).to(tl.float32)
-            injected_v = load_vectors(c_v, slot * D, d, used, D, BD).to(tl.float32)
+            slot = at_token * K + i
+            share = tl.load(tl.where(row == 0, lam_k, lam_v) + slot).to(tl.float32)
+            share = tl.where(weight > 0.0, share, 0.0)
+            injected = load_pair(c_k + slot * D, c_v + slot * D, row, d, True, D, BD).to(tl.float32)
             z_now = decay * z + weight
-            store_vectors(d_c_k, slot * D, d, used, (share_k * z_now)[:, None] * gk, D, BD)
-            store_vectors(d_c_v, slot * D, d, used, (share_v * z_now)[:, None] * gv, D, BD)
-            toward_k = tl.sum(gk * injected_k, 1)
-            toward_v = tl.sum(gv * injected_v, 1)
-            # The state that injection replaced, s_n, against G.
-            replaced_k = decay * z * tl.sum(gk * held_k, 1)
-            replaced_v = decay * z * tl.sum(gv * held_v, 1)
+            d_injected = (share * z_now)[:, None] * grad
+            store_pair(d_c_k + slot * D, d_c_v + slot * D, row, d, d_injected, D, BD)
+            toward = tl.sum(grad * injected, 1)
+            replaced = decay * z * tl.sum(grad * held, 1)  # the state that injection replaced, s_n, against G
             for m in tl.static_range(NS):
-                step = weight * sizes[m]
-                key = keys[m].to(tl.float32)[None, :]
-                replaced_k += step * tl.sum(gk * (writes_k[m].to(tl.float32)[None, :] - key * along_k[m][:, None]), 1)
-                replaced_v += step * tl.sum(gv * (writes_v[m].to(tl.float32)[None, :] - key * along_v[m][:, None]), 1)
-            tl.store(d_lam_k + slot, tl.where(weight > 0.0, z_now * toward_k - replaced_k, 0.0), mask=used)
-            tl.store(d_lam_v + slot, tl.where(weight > 0.0, z_now * toward_v - replaced_v, 0.0), mask=used)
-            gz += share_k * toward_k + share_v * toward_v
-            gk *= (1.0 - share_k)[:, None]
-            gv *= (1.0 - share_v)[:, None]
+                written = targets[m].to(tl.float32) - keys[m].to(tl.float32) * along[m][:, None]
+                replaced += weight * sizes[m] * tl.sum(grad * written, 1)
+            d_share = tl.where(weight > 0.0, z_now * toward - replaced, 0.0)
+            tl.store(tl.where(row == 0, d_lam_k, d_lam_v) + slot, d_share)
+            grad_z += tl.sum(share * toward, 0)
+            grad *= (1.0 - share)[:, None]
 
         # Forward through the states between the steps, then backward through their adjoints.
-        sk = (decay * z)[:, None] * held_k
-        sv = (decay * z)[:, None] * held_v
+        state = (decay * z) * held
         pulled = ()
         for j in tl.static_range(NS):
             step = weight * sizes[j]
-            sums = sums_k[j] - (step * pull_k[j])[:, None] * sk
-            pulled = pulled + (sums - (step * pull_v[j])[:, None] * sv,)
+            pulled = pulled + (sums_k[j] - (step * pull[j])[:, None] * state,)
             if j < NS - 1:
-                key = keys[j].to(tl.float32)[None, :]
-                sk += step[:, None] * writes_k[j].to(tl.float32)[None, :]
-                sv += step[:, None] * writes_v[j].to(tl.float32)[None, :]
-                sk -= (step * along_k[j])[:, None] * key
-                sv -= (step * along_v[j])[:, None] * key
+                state += step * targets[j].to(tl.float32)
+                state -= (step * along[j])[:, None] * keys[j].to(tl.float32)
         sums_k = ()
-        written_k = ()
-        written_v = ()
+        written = ()
         betas = ()
-        d_weight = gz
+        d_weight = grad_z
         for j in tl.static_range(NS - 1, -1, -1):
             step = weight * sizes[j]
-            key = keys[j].to(tl.float32)[None, :]
-            toward = tl.sum(gk * writes_k[j].to(tl.float32)[None, :] + gv * writes_v[j].to(tl.float32)[None, :], 1)
-            d_step = toward - along_k[j] * pull_k[j] - along_v[j] * pull_v[j]
-            d_weight += sizes[j] * d_step
-            betas = (sums_beta[j] + weight * d_step,) + betas
-            sums = pulled[j] - (step * along_k[j])[:, None] * gk
-            sums_k = (sums - (step * along_v[j])[:, None] * gv,) + sums_k
-            written_k = (sums_u_k[j] + step[:, None] * gk,) + written_k
-            written_v = (sums_u_v[j] + step[:, None] * gv,) + written_v
-            gk -= (step * pull_k[j])[:, None] * key
-            gv -= (step * pull_v[j])[:, None] * key
-        sums_u_k = written_k
-        sums_u_v = written_v
+            toward = tl.sum(tl.sum(grad * targets[j].to(tl.float32), 1) - along[j] * pull[j], 0)
+            d_weight += sizes[j] * toward
+            betas = (sums_beta[j] + weight * toward,) + betas
+            sums_k = (pulled[j] - (step * along[j])[:, None] * grad,) + sums_k
+            written = (sums_u[j] + step * grad,) + written
+            grad -= (step * pull[j])[:, None] * keys[j].to(tl.float32)
+        sums_u = written
         sums_beta = betas
-        d_decay = z * (tl.sum(held_k * gk + held_v * gv, 1) + gz)
+        d_decay = z * (tl.sum(tl.sum(held * grad, 1), 0) + grad_z)
 
         follows = weight <= 0.999  # above it the decay no longer depends on w
         d_weight -= tl.where(follows, d_decay * power * decay / (1.0 - tl.minimum(weight, 0.999)), 0.0)
-        sum_gamma += d_decay * decay * log_keep
+        sum_gamma += d_decay * decay * log_kept
         if SURPRISE:
-            stored = used & (pointer >= 0)
-            score = tl.load(surprise_after + s * L * K + tl.maximum(pointer, 0), mask=stored, other=0.0)
+            score = tl.load(surprise_after + s * L * K + tl.maximum(pointer, 0), mask=pointer >= 0, other=0.0)
             if ENTERING:
-                enters = used & (pointer <= -2)
-                memory = s * R_in + tl.maximum(-2 - pointer, 0)
-                score += tl.load(in_surprise + memory, mask=enters, other=0.0)
-            error_k = tl.load(errors + event * 2, mask=used, other=0.0)
-            error_v = tl.load(errors + event * 2 + 1, mask=used, other=0.0)
-            gs = tl.load(adjoint_surprise + event, mask=used, other=0.0)
+                score += tl.load(in_surprise + s * R_in + tl.maximum(-2 - pointer, 0), mask=pointer <= -2, other=0.0)
+            error_k = tl.load(errors + (event0 + i) * 2)
+            error_v = tl.load(errors + (event0 + i) * 2 + 1)
+            d_score = tl.load(adjoint_surprise + event0 + i)
             mix = tl.load(a_s + h).to(tl.float32)
             forget = 1.0 - tl.load(eta + h).to(tl.float32)
-            d_rate = gs * (mix * error_k + (1.0 - mix) * error_v - score)
+            d_rate = d_score * (mix * error_k + (1.0 - mix) * error_v - score)
             d_weight += forget * d_rate
-            sum_a_s += gs * forget * weight * (error_k - error_v)
+            sum_a_s += d_score * forget * weight * (error_k - error_v)
             sum_eta -= d_rate * weight
-        tl.store(d_w + row * K + i, d_weight, mask=used)
+        tl.store(d_w + at_token * K + i, d_weight)
 
     for j in tl.static_range(NS):
-        at = (row * NS + j) * D + d
-        tl.store(d_k + at, tl.sum(sums_k[j], 0).to(d_k.dtype.element_ty), mask=d < D)
-        tl.store(d_u_k + at, tl.sum(sums_u_k[j], 0).to(d_u_k.dtype.element_ty), mask=d < D)
-        tl.store(d_u_v + at, tl.sum(sums_u_v[j], 0).to(d_u_v.dtype.element_ty), mask=d < D)
-        tl.store(d_beta + row * NS + j, tl.sum(sums_beta[j], 0))
-    tl.store(d_gamma + s * L + t, tl.sum(sum_gamma, 0))
+        at = vectors + j * D
+        store_pair(d_u_k + at, d_u_v + at, row, d, sums_u[j], D, BD)
+        tl.store(d_k + at + d, tl.sum(sums_k[j], 0).to(d_k.dtype.element_ty), mask=d < D)
+        tl.store(d_beta + at_token * NS + j, sums_beta[j])
+    tl.store(d_gamma + s * L + t, sum_gamma)
     if SURPRISE:
-        tl.store(d_a_s + s * L + t, tl.sum(sum_a_s, 0))
-        tl.store(d_eta + s * L + t, tl.sum(sum_eta, 0))
+        tl.store(d_a_s + s * L + t, sum_a_s)
+        tl.store(d_eta + s * L + t, sum_eta)
