@@ -185,7 +185,7 @@ def chain_backward(
             grad_z += more[2]
 
         here = adjoint + event * (2 * D)
-        store_pair(here, here + D, row, d, grad, D, BD)
+        store_pair(here, here + D, row, d, grad, D, BD, "evict_first")
         tl.store(adjoint_z + event, grad_z)
         if INJECT:
             at = (row0 + event // K * H) * K + event % K

@@ -73,12 +73,12 @@ def load_pair(of_keys, of_values, row, d, live, D: tl.constexpr, BD: tl.constexp
 
 
 @triton.jit
-def store_pair(of_keys, of_values, row, d, value, D: tl.constexpr, BD: tl.constexpr):
+def store_pair(of_keys, of_values, row, d, value, D: tl.constexpr, BD: tl.constexpr, policy: tl.constexpr = ""):
     at = pair(of_keys, of_values, row, d)
     if D == BD:
-        tl.store(at, value.to(of_keys.dtype.element_ty))
+        tl.store(at, value.to(of_keys.dtype.element_ty), eviction_policy=policy)
     else:
-        tl.store(at, value.to(of_keys.dtype.element_ty), mask=d[None, :] < D)
+        tl.store(at, value.to(of_keys.dtype.element_ty), mask=d[None, :] < D, eviction_policy=policy)
 
 
 @triton.jit
@@ -201,7 +201,8 @@ def chain_forward(
             held = held * (1.0 - share) + share * injected
 
         here = contents + event * (2 * D)
-        store_pair(here, here + D, row, d, held, D, BD)
+        # The table does not fit the L2 cache; the vectors that other chains are about to load should stay there.
+        store_pair(here, here + D, row, d, held, D, BD, "evict_first")
         tl.store(z_after + event, z)
         if LEAVING:
             left = tl.load(leaving + writes + p)

@@ -16,6 +16,7 @@ from slotmamba_kernels.hksa.surprise_kernels import surprise_backward, surprise_
 from slotmamba_kernels.hksa.token_kernels import token_backward
 
 CHAIN_READS = 1  # of the state after a write that are loaded with it; on average there is one
+TOKEN_DEPTH = 2  # slots that token_backward loads ahead
 LOG_KEEP_BLOCK = 1024
 SURPRISE_TILE = 32  # writes of a bucket whose surprise is formed at a time
 FEWEST_PROGRAMS = 4096  # below it a program takes fewer chains, so that the GPU has enough of them
@@ -239,7 +240,7 @@ def stretch_backward(
         grads.c_k, grads.c_v, grads.lam_k, grads.lam_v,
         at.start, length, at.length, _rows(entering), empty_z,
         H=heads, NS=steps, K=writes, D=dim, BD=block,
-        ENTERING=entering is not None, SURPRISE=x.a_s is not None, INJECT=x.c_k is not None, num_warps=1,
+        ENTERING=entering is not None, SURPRISE=x.a_s is not None, INJECT=x.c_k is not None, DEPTH=TOKEN_DEPTH, num_warps=1,
     )  # fmt: skip
     for name, share in zip(("gamma", "a_s", "eta"), head_shares.unbind(0), strict=True):
         total = getattr(grads, name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from slotmamba_kernels.hksa.forward_kernels import load_pair, store_pair
+from slotmamba_kernels.hksa.forward_kernels import load_pair, store_pair, take
 
 
 @triton.jit
@@ -53,9 +53,9 @@ def token_backward(
     d_k, d_u_k, d_u_v, d_beta, d_w, d_gamma, d_a_s, d_eta, d_c_k, d_c_v, d_lam_k, d_lam_v,
     start, T, L, R_in, empty_z,
     H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    ENTERING: tl.constexpr, SURPRISE: tl.constexpr, INJECT: tl.constexpr,
+    ENTERING: tl.constexpr, SURPRISE: tl.constexpr, INJECT: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One token of one stream, slot after slot. d_gamma, d_a_s, d_eta [S, L]: the token's share of the gradients of
+    """One token of one stream, slot after slot, DEPTH of them loaded ahead. d_gamma, d_a_s, d_eta [S, L]: the token's share of the gradients of
     head parameters.
 
     With P the state before the write, G the adjoint of the state after its steps and x_j = w beta_j, the states between
@@ -92,10 +92,13 @@ def token_backward(
     sum_a_s = 0.0
     sum_eta = 0.0
 
-    ahead = load_slot(source, contents, adjoint, in_k, in_v, s * R_in, 0, row, d, K, D, BD, ENTERING)
+    ahead = ()
+    for x in tl.static_range(DEPTH):
+        ahead = ahead + load_slot(source, contents, adjoint, in_k, in_v, s * R_in, x, row, d, K, D, BD, ENTERING)
     for i in range(K):
-        loaded = ahead
-        ahead = load_slot(source, contents, adjoint, in_k, in_v, s * R_in, i + 1, row, d, K, D, BD, ENTERING)
+        loaded = take(ahead, 0, 4)
+        new = load_slot(source, contents, adjoint, in_k, in_v, s * R_in, i + DEPTH, row, d, K, D, BD, ENTERING)
+        ahead = take(ahead, 4, 4 * DEPTH - 4) + new
         pointer = loaded[0]
         grad = loaded[1].to(tl.float32)
         held = loaded[2].to(tl.float32)
