@@ -14,7 +14,8 @@ from tests.kernels.hksa_grid import choose_stretch, device_case
 
 KERNELS = [
     "chain_backward", "chain_forward", "entering_backward", "link_kernel", "rank_kernel", "read_backward",
-    "read_forward", "scan_kernel", "scatter_kernel", "token_backward",
+    "read_forward", "scan_kernel", "scatter_kernel", "surprise_backward", "surprise_forward", "token_backward",
+    "write_log_keeps",
 ]  # fmt: skip
 
 

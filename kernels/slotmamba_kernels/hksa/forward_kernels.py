@@ -16,6 +16,7 @@ import triton.language as tl
 MAX_DECAY_WEIGHT = tl.constexpr(0.999)  # as in reference.py: keeps the gradient of log1p(-w) finite
 MIN_READ_WEIGHT = tl.constexpr(1e-30)
 MIN_BETA_SUM = tl.constexpr(1e-30)
+NORMAL = tl.constexpr("")  # eviction policy
 
 
 @triton.jit
@@ -73,7 +74,7 @@ def load_pair(of_keys, of_values, row, d, live, D: tl.constexpr, BD: tl.constexp
 
 
 @triton.jit
-def store_pair(of_keys, of_values, row, d, value, D: tl.constexpr, BD: tl.constexpr, policy: tl.constexpr = ""):
+def store_pair(of_keys, of_values, row, d, value, D: tl.constexpr, BD: tl.constexpr, policy: tl.constexpr = NORMAL):
     at = pair(of_keys, of_values, row, d)
     if D == BD:
         tl.store(at, value.to(of_keys.dtype.element_ty), eviction_policy=policy)

@@ -37,11 +37,11 @@ def load_slot(
     grad = load_pair(here, here + D, row, d, used, D, BD)
     before = contents + tl.maximum(pointer, 0) * (2 * D)
     held = load_pair(before, before + D, row, d, pointer >= 0, D, BD)
+    entered = held
     if ENTERING:
         memory = (memories + tl.maximum(-2 - pointer, 0)) * D
         entered = load_pair(in_k + memory, in_v + memory, row, d, pointer <= -2, D, BD)
-        return pointer, grad, held, entered
-    return pointer, grad, held, held
+    return pointer, grad, held, entered
 
 
 @triton.jit
