@@ -11,7 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from slotmamba_kernels.hksa.forward_kernels import MIN_READ_WEIGHT, load_contents, load_pair, store_pair, take
+from slotmamba_kernels.hksa.forward_kernels import (
+    MIN_READ_WEIGHT,
+    load_contents,
+    load_pair,
+    store_pair,
+    take,
+    token_of_program,
+)
 
 
 @triton.jit
@@ -23,20 +30,17 @@ def read_backward(
 ):  # fmt: skip
     """Gradients of q and of the read weights; shares [S, L*K, 2], d_z [S, L*K]: the adjoint of the state that a read
     saw is shares[0] * q of key memory, shares[1] * d_o of value memory and, of its normaliser, d_z."""
-    t = tl.program_id(0)
-    s = tl.program_id(1).to(tl.int64)
-    b = s // H
-    h = s % H
+    t, h, b, s = token_of_program(H)
     row = (b * T + start + t) * H + h
     d = tl.arange(0, BD)
     i = tl.arange(0, BK)
     pointer = tl.load(source + ((b * L + t) * H + h) * K + i, mask=i < K, other=-1)
-    held_k, held_v, z = load_contents(
-        contents, z_after, in_k, in_v, in_z, pointer, s, events, R_in, empty_z, d, i < K, D, BD, ENTERING
-    )
     query = tl.load(q + row * D + d, mask=d < D, other=0.0).to(tl.float32)
     grad = tl.load(d_o + row * D + d, mask=d < D, other=0.0).to(tl.float32)
     weight = tl.load(w + row * K + i, mask=i < K, other=1.0).to(tl.float32)
+    held_k, held_v, z = load_contents(
+        contents, z_after, in_k, in_v, in_z, pointer, s, events, R_in, empty_z, d, i < K, D, BD, ENTERING
+    )
     clamped = tl.maximum(weight, MIN_READ_WEIGHT)
     similarity = tl.sum(held_k * query[None, :], 1) * scale
     score = tl.where(i < K, similarity + tl.log(clamped), float("-inf"))

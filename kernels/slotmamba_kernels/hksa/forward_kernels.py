@@ -216,6 +216,15 @@ def chain_forward(
 
 
 @triton.jit
+def token_of_program(H: tl.constexpr):
+    """t, h, b and s = b*H + h of a program of a grid (L*H, B): the heads of a token, whose vectors are neighbours, run
+    side by side."""
+    b = tl.program_id(1).to(tl.int64)
+    h = tl.program_id(0) % H
+    return tl.program_id(0) // H, h, b, b * H + h
+
+
+@triton.jit
 def load_contents(
     contents, z_after, in_k, in_v, in_z, source, s, events, R_in, empty_z, d, live,
     D: tl.constexpr, BD: tl.constexpr, ENTERING: tl.constexpr,
@@ -244,19 +253,16 @@ def read_forward(
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ENTERING: tl.constexpr,
 ):  # fmt: skip
     """One token of one stream: softmax attention over the K states that its reads see."""
-    t = tl.program_id(0)
-    s = tl.program_id(1).to(tl.int64)
-    b = s // H
-    h = s % H
+    t, h, b, s = token_of_program(H)
     row = (b * T + start + t) * H + h
     d = tl.arange(0, BD)
     i = tl.arange(0, BK)
     pointer = tl.load(source + ((b * L + t) * H + h) * K + i, mask=i < K, other=-1)
+    query = tl.load(q + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    weight = tl.load(w + row * K + i, mask=i < K, other=1.0).to(tl.float32)
     held_k, held_v, _ = load_contents(
         contents, z_after, in_k, in_v, in_z, pointer, s, events, R_in, empty_z, d, i < K, D, BD, ENTERING
     )
-    query = tl.load(q + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-    weight = tl.load(w + row * K + i, mask=i < K, other=1.0).to(tl.float32)
     score = tl.sum(held_k * query[None, :], 1) * scale + tl.log(tl.maximum(weight, MIN_READ_WEIGHT))
     score = tl.where(i < K, score, float("-inf"))
     p = tl.exp(score - tl.max(score, 0))

@@ -16,7 +16,6 @@ from slotmamba_kernels.hksa.surprise_kernels import surprise_backward, surprise_
 from slotmamba_kernels.hksa.token_kernels import token_backward
 
 CHAIN_READS = 1  # of the state after a write that are loaded with it; on average there is one
-TOKEN_DEPTH = 2  # slots that token_backward loads ahead
 LOG_KEEP_BLOCK = 1024
 SURPRISE_TILE = 32  # writes of a bucket whose surprise is formed at a time
 FEWEST_PROGRAMS = 4096  # below it a program takes fewer chains, so that the GPU has enough of them
@@ -169,7 +168,7 @@ def read_tokens(x: Inputs, at: Stretch, entering: SlotState | None, table: Table
     """Reads the stretch's tokens into o [B, T, H, d]."""
     batch, length, heads, _, _, reads, dim = x.sizes
     block, width = triton.next_power_of_2(dim), triton.next_power_of_2(reads)
-    read_forward[(at.length, batch * heads)](
+    read_forward[(at.length * heads, batch)](
         x.q, x.read_w, at.plan.read_source, table.contents, table.z, *_parts(entering)[:3], o,
         at.start, length, at.length, table.z.shape[1], _rows(entering), 1.0 / num_slots, dim**-0.5,
         H=heads, K=reads, BK=width, D=dim, BD=block, ENTERING=entering is not None,
@@ -196,7 +195,7 @@ def stretch_backward(
     plan, memory = at.plan, _parts(entering)
     shares = torch.empty(streams, at.length * reads, 2, dtype=torch.float32, device=device)
     d_z_read = torch.empty(streams, at.length * reads, dtype=torch.float32, device=device)
-    read_backward[(at.length, streams)](
+    read_backward[(at.length * heads, batch)](
         x.q, x.read_w, plan.read_source, table.contents, table.z, *memory[:3], d_o,
         grads.q, grads.read_w, shares, d_z_read,
         at.start, length, at.length, table.z.shape[1], _rows(entering), empty_z, dim**-0.5,
@@ -232,7 +231,7 @@ def stretch_backward(
         )  # fmt: skip
 
     head_shares = torch.empty(3, streams, at.length, dtype=torch.float32, device=device)
-    token_backward[(at.length, streams)](
+    token_backward[(at.length * heads, batch)](
         x.k, x.u_k, x.u_v, x.beta, x.write_w, table.log_keep, x.gamma, x.a_s, x.eta,
         plan.write_source, table.contents, table.z, table.alongs, table.surprise, table.errors, *memory,
         adjoint, adjoint_z, pulls, adjoint_surprise, x.c_k, x.c_v, x.lam_k, x.lam_v,
@@ -240,7 +239,7 @@ def stretch_backward(
         grads.c_k, grads.c_v, grads.lam_k, grads.lam_v,
         at.start, length, at.length, _rows(entering), empty_z,
         H=heads, NS=steps, K=writes, D=dim, BD=block,
-        ENTERING=entering is not None, SURPRISE=x.a_s is not None, INJECT=x.c_k is not None, DEPTH=TOKEN_DEPTH, num_warps=1,
+        ENTERING=entering is not None, SURPRISE=x.a_s is not None, INJECT=x.c_k is not None, num_warps=1,
     )  # fmt: skip
     for name, share in zip(("gamma", "a_s", "eta"), head_shares.unbind(0), strict=True):
         total = getattr(grads, name)

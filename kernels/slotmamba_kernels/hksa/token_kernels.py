@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from slotmamba_kernels.hksa.forward_kernels import load_pair, store_pair, take
+from slotmamba_kernels.hksa.forward_kernels import load_pair, store_pair, token_of_program
 
 
 @triton.jit
@@ -24,24 +24,15 @@ def load_step_vectors(k, u_k, u_v, row, d, NS: tl.constexpr, D: tl.constexpr, BD
 
 
 @triton.jit
-def load_slot(
-    source, contents, adjoint, in_k, in_v, memories, i, row, d,
-    K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ENTERING: tl.constexpr,
-):  # fmt: skip
+def load_slot(source, contents, adjoint, i, row, d, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """What takes long to load of a token's write to slot i of its K, arguments from the token's first on: the code of
-    the state before, the adjoint after, the state before as S / z or, if it entered, as S (its memories begin at row
-    `memories`), all [2, BD] in their dtype."""
+    the state before, the adjoint after, and the state before if a write left it (as S / z), [2, BD] in their dtype."""
     used = i < K
     pointer = tl.load(source + i, mask=used, other=-1)
     here = adjoint + i * (2 * D)
     grad = load_pair(here, here + D, row, d, used, D, BD)
     before = contents + tl.maximum(pointer, 0) * (2 * D)
-    held = load_pair(before, before + D, row, d, pointer >= 0, D, BD)
-    entered = held
-    if ENTERING:
-        memory = (memories + tl.maximum(-2 - pointer, 0)) * D
-        entered = load_pair(in_k + memory, in_v + memory, row, d, pointer <= -2, D, BD)
-    return pointer, grad, held, entered
+    return pointer, grad, load_pair(before, before + D, row, d, pointer >= 0, D, BD)
 
 
 @triton.jit
@@ -53,19 +44,16 @@ def token_backward(
     d_k, d_u_k, d_u_v, d_beta, d_w, d_gamma, d_a_s, d_eta, d_c_k, d_c_v, d_lam_k, d_lam_v,
     start, T, L, R_in, empty_z,
     H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    ENTERING: tl.constexpr, SURPRISE: tl.constexpr, INJECT: tl.constexpr, DEPTH: tl.constexpr,
+    ENTERING: tl.constexpr, SURPRISE: tl.constexpr, INJECT: tl.constexpr,
 ):  # fmt: skip
-    """One token of one stream, slot after slot, DEPTH of them loaded ahead. d_gamma, d_a_s, d_eta [S, L]: the token's share of the gradients of
+    """One token of one stream, slot after slot, the next one loaded ahead. d_gamma, d_a_s, d_eta [S, L]: the token's share of the gradients of
     head parameters.
 
     With P the state before the write, G the adjoint of the state after its steps and x_j = w beta_j, the states between
     the steps are s_j = a P + sum_(m<=j) x_m (u_m - k_m c_m), and their adjoints g_j = G - sum_(m>j) x_m e_m k_m. The
     chains left c_j = k_j . s_(j-1) and e_j = k_j . g_j, `alongs` and `pulls`.
     """
-    t = tl.program_id(0)
-    s = tl.program_id(1).to(tl.int64)
-    b = s // H
-    h = s % H
+    t, h, b, s = token_of_program(H)
     at_token = (b * T + start + t) * H + h
     d = tl.arange(0, BD)
     row = tl.arange(0, 2)
@@ -92,21 +80,19 @@ def token_backward(
     sum_a_s = 0.0
     sum_eta = 0.0
 
-    ahead = ()
-    for x in tl.static_range(DEPTH):
-        ahead = ahead + load_slot(source, contents, adjoint, in_k, in_v, s * R_in, x, row, d, K, D, BD, ENTERING)
+    ahead = load_slot(source, contents, adjoint, 0, row, d, K, D, BD)
     for i in range(K):
-        loaded = take(ahead, 0, 4)
-        new = load_slot(source, contents, adjoint, in_k, in_v, s * R_in, i + DEPTH, row, d, K, D, BD, ENTERING)
-        ahead = take(ahead, 4, 4 * DEPTH - 4) + new
+        loaded = ahead
+        ahead = load_slot(source, contents, adjoint, i + 1, row, d, K, D, BD)
         pointer = loaded[0]
         grad = loaded[1].to(tl.float32)
         held = loaded[2].to(tl.float32)
         z = tl.where(pointer >= 0, tl.load(z_after + tl.maximum(pointer, 0), mask=pointer >= 0, other=1.0), empty_z)
         if ENTERING:
-            entered_z = tl.load(in_z + s * R_in + tl.maximum(-2 - pointer, 0), mask=pointer <= -2, other=1.0)
-            z = tl.where(pointer <= -2, entered_z, z)
-            held += loaded[3] / entered_z
+            if pointer <= -2:
+                memory = s * R_in - 2 - pointer
+                z = tl.load(in_z + memory)
+                held = load_pair(in_k + memory * D, in_v + memory * D, row, d, True, D, BD) / z
         grad_z = tl.load(adjoint_z + event0 + i)
         weight = tl.load(w + at_token * K + i).to(tl.float32)
         log_kept = tl.load(log_keep + i)
