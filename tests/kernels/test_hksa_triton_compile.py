@@ -13,7 +13,8 @@ from tests.kernels.ahead_of_time import ARCHITECTURES, compile_in_subprocess
 from tests.kernels.hksa_grid import choose_stretch, device_case
 
 KERNELS = [
-    "chain_backward", "chain_forward", "entering_backward", "link_kernel", "rank_kernel", "read_backward",
+    "carry_blocks", "chain_backward", "chain_forward", "choose_blocks", "entering_backward", "link_kernel",
+    "map_blocks", "rank_kernel", "read_backward",
     "read_forward", "scan_kernel", "scatter_kernel", "surprise_backward", "surprise_forward", "token_backward",
     "write_log_keeps",
 ]  # fmt: skip
@@ -35,10 +36,11 @@ def call(many_chains: bool, activations: torch.dtype, stretch: int | None = None
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 MODEL: dict[str, Any] = {"dim": 128, "steps": 2, "writes": 8, "reads": 8, "state": False}
 CALLS = {
-    "in a model": partial(call, False, BRAIN, surprise=False, **MODEL),
+    "in a model": partial(call, False, BRAIN, surprise=False, length=64, **MODEL),
     "in a long sequence": partial(call, True, BRAIN, stretch=3, num_slots=5000, **MODEL),
     "least": partial(call, True, SINGLE, dim=32, steps=1, writes=1, reads=1),
     "most": partial(call, False, HALF, dim=256, steps=4, writes=32, reads=32, documents=True, inject=True),
+    "long chains": partial(call, True, SINGLE, dim=256, steps=4, writes=32, reads=32, documents=True, length=64),
     "odd": partial(call, True, SINGLE, dim=96, steps=3, writes=5, reads=7, inject=True, surprise=False),
 }
 

@@ -19,6 +19,7 @@ from slotmamba_kernels.hksa.forward_kernels import (
     take,
     token_of_program,
 )
+from slotmamba_kernels.hksa.split_kernels import range_of_program
 
 
 @triton.jit
@@ -105,27 +106,28 @@ def load_back(
 @triton.jit
 def chain_backward(
     q, d_o, k, beta, w, log_keep, gamma,
-    order, previous, leaving, bucket, read_order, read_range,
+    order, previous, leaving, bucket, block_begin, block_range, read_order, read_range,
     shares, d_z_read,
     c_k, c_v, lam_k, lam_v,
     d_out_k, d_out_v, d_out_z,
     adjoint, adjoint_z, pulls,
-    d_in_k, d_in_v, d_in_z,
-    start, T, L, R_in, R_out, buckets,
+    d_in_k, d_in_v, d_in_z, block_grads, block_grads_z,
+    start, T, L, R_in, R_out, buckets, capacity,
     H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, KR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     READS: tl.constexpr, ENTERING: tl.constexpr, LEAVING: tl.constexpr, INJECT: tl.constexpr, DEPTH: tl.constexpr,
+    SPLIT: tl.constexpr, PROBE: tl.constexpr,
 ):  # fmt: skip
-    """Walks the writes of a bucket backwards. adjoint [S, L*K, 2, D], adjoint_z [S, L*K]: of the state after each
-    write; pulls [S, L*K, n, 2]: k_j . adjoint after each step, of key and value memory; d_in_*: of the entering
-    memory's rows that a chain starts from. READS of a state are loaded with its write; DEPTH as in chain_forward."""
+    """Walks the writes of a bucket, or with SPLIT of a block of a long one, backwards. adjoint [S, L*K, 2, D],
+    adjoint_z [S, L*K]: of the state after each write; pulls [S, L*K, n, 2]: k_j . adjoint after each step, of key and
+    value memory; d_in_*: of the entering memory's rows that a chain starts from. READS of a state are loaded with its
+    write; DEPTH, SPLIT and PROBE as in chain_forward, block_grads and block_grads_z holding adjoints: of the
+    state after a block, in a probe of that before it."""
     s = tl.program_id(1).to(tl.int64)
     b = s // H
     h = s % H
     d = tl.arange(0, BD)
     row = tl.arange(0, 2)
-    at_bucket = bucket + s * (buckets + 1) + tl.program_id(0)
-    first = tl.load(at_bucket)
-    last = tl.load(at_bucket + 1)
+    first, last, block = range_of_program(bucket, block_begin, block_range, s, buckets, capacity, SPLIT, PROBE)
     power = tl.load(gamma + h).to(tl.float32)
     row0 = (b * T + start) * H + h
     k += row0 * (NS * D)
@@ -148,6 +150,12 @@ def chain_backward(
 
     grad = tl.zeros([2, BD], tl.float32)
     grad_z = 0.0
+    at_block = s * capacity + block
+    if SPLIT and not PROBE:
+        if (block >= 0) & (first < last):
+            at_end = block_grads + at_block * (2 * D)
+            grad = load_pair(at_end, at_end + D, row, d, True, D, BD)
+            grad_z = tl.load(block_grads_z + at_block)
     event = tl.load(order + last - 1, mask=first < last, other=0)
     ahead = ()
     for x in tl.static_range(DEPTH):
@@ -188,9 +196,10 @@ def chain_backward(
             grad += more[1][:, None] * more[0].to(tl.float32)
             grad_z += more[2]
 
-        here = adjoint + event * (2 * D)
-        store_pair(here, here + D, row, d, grad, D, BD, "evict_first")
-        tl.store(adjoint_z + event, grad_z)
+        if not PROBE:
+            here = adjoint + event * (2 * D)
+            store_pair(here, here + D, row, d, grad, D, BD, "evict_first")
+            tl.store(adjoint_z + event, grad_z)
         if INJECT:
             at = (row0 + event // K * H) * K + event % K
             share = tl.load(tl.where(row == 0, lam_k, lam_v) + at).to(tl.float32)
@@ -202,9 +211,10 @@ def chain_backward(
             key = write[2 * j + 3].to(tl.float32)
             pull = tl.sum(key * grad, 1)
             grad -= key * (weight * write[2 * j + 2] * pull)[:, None]
-            tl.store(pulls + (event * NS + j) * 2 + row, pull)
+            if not PROBE:
+                tl.store(pulls + (event * NS + j) * 2 + row, pull)
         decay = tl.exp(power * write[1])
-        if ENTERING:
+        if ENTERING and not PROBE:
             if source <= -2:
                 memory = s * R_in + (-2 - source)
                 store_pair(d_in_k + memory * D, d_in_v + memory * D, row, d, grad * decay, D, BD)
@@ -213,6 +223,11 @@ def chain_backward(
         grad *= decay
         grad_z *= decay
         event = next_event
+    if PROBE:
+        if first < last:
+            at_end = block_grads + at_block * (2 * D)
+            store_pair(at_end, at_end + D, row, d, grad, D, BD)
+            tl.store(block_grads_z + at_block, grad_z)
 
 
 @triton.jit

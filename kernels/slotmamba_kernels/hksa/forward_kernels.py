@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from slotmamba_kernels.hksa.split_kernels import range_of_program
+
 MAX_DECAY_WEIGHT = tl.constexpr(0.999)  # as in reference.py: keeps the gradient of log1p(-w) finite
 MIN_READ_WEIGHT = tl.constexpr(1e-30)
 MIN_BETA_SUM = tl.constexpr(1e-30)
@@ -105,29 +107,30 @@ def load_write(
 @triton.jit
 def chain_forward(
     k, u_k, u_v, beta, w, log_keep, gamma,
-    order, previous, leaving, bucket,
+    order, previous, leaving, bucket, block_begin, block_range,
     in_k, in_v, in_z,
     c_k, c_v, lam_k, lam_v,
     contents, z_after, alongs, errors,
-    out_k, out_v, out_z,
-    start, T, L, R_in, R_out, buckets, empty_z,
+    out_k, out_v, out_z, block_states, block_z,
+    start, T, L, R_in, R_out, buckets, capacity, empty_z,
     H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     ENTERING: tl.constexpr, LEAVING: tl.constexpr, SURPRISE: tl.constexpr, INJECT: tl.constexpr, DEPTH: tl.constexpr,
+    SPLIT: tl.constexpr, PROBE: tl.constexpr,
 ):  # fmt: skip
-    """Walks the writes of a bucket. contents [S, L*K, 2, D]; z_after [S, L*K]; errors [S, L*K, 2]; alongs
-    [S, L*K, n, 2]: what each step found along its direction, k_j . S, of key and value memory.
+    """Walks the writes of a bucket, or with SPLIT of a block of a long one. contents [S, L*K, 2, D]; z_after [S, L*K];
+    errors [S, L*K, 2]; alongs [S, L*K, n, 2]: what each step found along its direction, k_j . S, of key and value
+    memory.
 
     DEPTH: so many writes ahead their vectors, which do not depend on the state, are loaded. It pays where there are too
-    few chains for one to run while another waits.
+    few chains for one to run while another waits. SPLIT: blocks begin from block_states [S, capacity, 2, D] and block_z
+    [S, capacity]. PROBE: they begin from zeros, and these two and nothing else are written, S and z at their end.
     """
     s = tl.program_id(1).to(tl.int64)
     b = s // H
     h = s % H
     d = tl.arange(0, BD)
     row = tl.arange(0, 2)
-    at_bucket = bucket + s * (buckets + 1) + tl.program_id(0)
-    first = tl.load(at_bucket)
-    last = tl.load(at_bucket + 1)
+    first, last, block = range_of_program(bucket, block_begin, block_range, s, buckets, capacity, SPLIT, PROBE)
     power = tl.load(gamma + h).to(tl.float32)
     # Within a stream and a stretch offsets fit 32 bits.
     row0 = (b * T + start) * H + h
@@ -144,10 +147,16 @@ def chain_forward(
     z_after += writes
     alongs += writes * (2 * NS)
 
-    held = tl.zeros([2, BD], tl.float32)  # C = S / z
-    z = empty_z + 0.0
+    held = tl.zeros([2, BD], tl.float32)  # C = S / z, but S in a probe, whose z may be 0
+    z = 0.0 if PROBE else empty_z + 0.0
     event = tl.load(order + first, mask=first < last, other=0)
     source = tl.load(previous + first, mask=first < last, other=-1)
+    at_block = s * capacity + block
+    if SPLIT and not PROBE:
+        if (block >= 0) & (source >= 0):
+            z = tl.load(block_z + at_block)
+            state = block_states + at_block * (2 * D)
+            held = load_pair(state, state + D, row, d, True, D, BD) / z
     ahead = ()
     for x in tl.static_range(DEPTH):
         early = tl.load(order + first + x, mask=first + x < last, other=0)
@@ -173,8 +182,8 @@ def chain_forward(
             if source <= -2:
                 memory = s * R_in + (-2 - source)
                 z = tl.load(in_z + memory)
-                held = load_pair(in_k + memory * D, in_v + memory * D, row, d, True, D, BD) / z
-        if SURPRISE:
+                held = load_pair(in_k + memory * D, in_v + memory * D, row, d, True, D, BD) / (1.0 if PROBE else z)
+        if SURPRISE and not PROBE:
             total = 0.0
             mean = tl.zeros([2, BD], tl.float32)
             for j in tl.static_range(NS):
@@ -183,17 +192,19 @@ def chain_forward(
             miss = held - mean / tl.maximum(total, MIN_BETA_SUM)
             tl.store(errors + (writes + event) * 2 + row, tl.sum(miss * miss, 1) / D)
 
-        kept = z * tl.exp(power * write[1])
+        decay = tl.exp(power * write[1])
+        kept = z * decay
         z = kept + weight
-        inverse = 1.0 / z
-        held *= tl.where(source == -1, 0.0, kept * inverse)
+        inverse = 1.0 if PROBE else 1.0 / z
+        held *= tl.where(source == -1, 0.0, decay if PROBE else kept * inverse)
         for j in tl.static_range(NS):
             step = weight * write[3 * j + 2]
             key = write[3 * j + 3].to(tl.float32)
             along = tl.sum(key * held, 1)
             held += (step * inverse) * write[3 * j + 4].to(tl.float32)
             held -= key * (step * along)[:, None]
-            tl.store(alongs + (event * NS + j) * 2 + row, along * z)
+            if not PROBE:
+                tl.store(alongs + (event * NS + j) * 2 + row, along * z)
         if INJECT:
             at = (row0 + event // K * H) * K + event % K
             share = tl.load(tl.where(row == 0, lam_k, lam_v) + at).to(tl.float32)
@@ -201,11 +212,12 @@ def chain_forward(
             injected = load_pair(c_k + at * D, c_v + at * D, row, d, True, D, BD).to(tl.float32)
             held = held * (1.0 - share) + share * injected
 
-        here = contents + event * (2 * D)
-        # The table does not fit the L2 cache; the vectors that other chains are about to load should stay there.
-        store_pair(here, here + D, row, d, held, D, BD, "evict_first")
-        tl.store(z_after + event, z)
-        if LEAVING:
+        if not PROBE:
+            here = contents + event * (2 * D)
+            # The table does not fit the L2 cache; the vectors that other chains are about to load should stay there.
+            store_pair(here, here + D, row, d, held, D, BD, "evict_first")
+            tl.store(z_after + event, z)
+        if LEAVING and not PROBE:
             left = tl.load(leaving + writes + p)
             if left >= 0:
                 memory = s * R_out + left
@@ -213,6 +225,11 @@ def chain_forward(
                 tl.store(out_z + memory, z)
         event = next_event
         source = next_source
+    if PROBE:
+        if first < last:
+            state = block_states + at_block * (2 * D)
+            store_pair(state, state + D, row, d, held, D, BD)
+            tl.store(block_z + at_block, z)
 
 
 @triton.jit

@@ -46,8 +46,8 @@ def token_backward(
     H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     ENTERING: tl.constexpr, SURPRISE: tl.constexpr, INJECT: tl.constexpr,
 ):  # fmt: skip
-    """One token of one stream, slot after slot, the next one loaded ahead. d_gamma, d_a_s, d_eta [S, L]: the token's share of the gradients of
-    head parameters.
+    """One token of one stream, slot after slot, the next one loaded ahead. d_gamma, d_a_s, d_eta [S, L]: the token's
+    share of the gradients of head parameters.
 
     With P the state before the write, G the adjoint of the state after its steps and x_j = w beta_j, the states between
     the steps are s_j = a P + sum_(m<=j) x_m (u_m - k_m c_m), and their adjoints g_j = G - sum_(m>j) x_m e_m k_m. The

@@ -13,21 +13,17 @@ import torch
 from torch import Tensor
 
 from slotmamba_kernels.hksa.arguments import Inject, Surprise
+from slotmamba_kernels.hksa.arrays import Gradients, Inputs, Stretch, Table
 from slotmamba_kernels.hksa.carry import Memory, carried, carried_back, leaving_rows, leaving_slots
 from slotmamba_kernels.hksa.event_plan import EventPlan, make_event_plan
-from slotmamba_kernels.hksa.launch import (
-    Gradients,
-    Inputs,
-    Stretch,
-    Table,
-    read_tokens,
-    stretch_backward,
-    write_forward,
-)
+from slotmamba_kernels.hksa.launch import read_tokens, stretch_backward, write_forward
 from slotmamba_kernels.hksa.state import SlotState, SparseSlotState
 
 DENSE_SLOTS = 4096  # heads with more slots than this leave a sparse memory, unless they were given a dense one
 MAX_OFFSET = 2**31 - 1  # of the kernels' offsets within a stream and a stretch
+LOCKSTEP_TOKENS = 32768
+"""Longer stretches are slower: their chains drift apart, and the vectors that they share leave the L2 cache."""
+
 RECOMPUTED_BYTES = 2**29  # of the tables of a stretch when they are made again in the backward pass
 PLAN_TENSORS = 9
 MEMORY_TENSORS = 5  # S_k, S_v, z, surprise, slots
@@ -109,7 +105,7 @@ def hksa_forward(
     sparse = _leaves_sparse(memory is not None, slots, num_slots)
     o = torch.empty_like(x.q)
     saved: list[Tensor] = []
-    for start, length in _stretches(x, recompute):
+    for start, length in _stretches(x, recompute, sparse):
         continues = _continues(doc_start, start, length, q)
         plan = make_event_plan(
             write_idx, read_idx, num_slots, start=start, length=length, doc_start=doc_start, **_entering(memory)
@@ -168,7 +164,7 @@ def hksa_backward(
     x = _inputs(q, k, u_k, u_v, beta, write_w, read_w, gamma, a_s, eta, c_k, c_v, lam_k, lam_v)
     grads = Gradients.empty(x)
     d_o = d_o.contiguous()
-    stretches = list(_stretches(x, recompute))
+    stretches = list(_stretches(x, recompute, _leaves_sparse(S_k is not None, slots, num_slots)))
     d_memory = _d_memory((d_S_k, d_S_v, d_z, d_surprise), left_slots, q, num_slots)
     for number in reversed(range(len(stretches))):
         start, length = stretches[number]
@@ -217,7 +213,7 @@ def _forward_results(*arguments: Any) -> list[Tensor]:
     memory = _memory(*(named[name] for name in (*DIFFERENTIABLE[14:], "slots")))
     sparse = _leaves_sparse(memory is not None, slots, num_slots)
     saved: list[Tensor] = []
-    for start, length in _stretches(x, recompute):
+    for start, length in _stretches(x, recompute, sparse):
         continues = _continues(named["doc_start"], start, length, q)
         plan = EventPlan.empty(batch, length, heads, writes, reads, num_slots, q.device)
         saved += [*plan.tensors(), *_memory_tensors(memory if start else None, q)]
@@ -295,13 +291,15 @@ def _leaves_sparse(entered: bool, slots: Tensor | None, num_slots: int) -> bool:
     return slots is not None or (not entered and num_slots > DENSE_SLOTS)
 
 
-def _stretches(x: Inputs, recompute: bool) -> Iterator[tuple[int, int]]:
+def _stretches(x: Inputs, recompute: bool, sparse: bool) -> Iterator[tuple[int, int]]:
     """(start, length) of each stretch of tokens: as long as offsets within a stream fit 32 bits, shorter when tables
-    are made again in the backward pass."""
+    are made again in the backward pass, and unless handing on a sparse memory would cost more, where that is faster."""
     batch, length, heads, steps, writes, _, dim = x.sizes
     size = MAX_OFFSET // (max(writes * 2, heads * steps) * dim)
     if recompute:
         size = min(size, RECOMPUTED_BYTES // (batch * heads * writes * 2 * dim * x.q.element_size()))
+    if not sparse:
+        size = min(size, LOCKSTEP_TOKENS)
     size = max(1, min(size, length))
     for start in range(0, length, size):
         yield start, min(size, length - start)
