@@ -13,16 +13,14 @@ from tests.seeds import seed_afresh
 
 CASES = pairwise(
     {
-        "activations": (torch.float32, torch.bfloat16),
         "steps": (2, 1, 3, 4),
         "documents": (False, True),
         "state": (True, False),
         "surprise": (False, True),
-        "stretch": (None, 29),
+        "stretch": (None, 21),
         "dim": (32, 48),
-        "num_slots": (4, 7),
-        "length": (39, 52),
-        "capacity": (64, 9),  # blocks of a stream; with the smaller one not all long chains can be split
+        "num_slots": (3, 5),
+        "capacity": (64, 5),  # blocks of a stream; with the smaller one not all long chains can be split
     }
 )
 
@@ -42,7 +40,7 @@ def test_split_chains_equal_the_definition(number: int, monkeypatch: pytest.Monk
     seed_afresh()
     options: dict[str, Any] = dict(CASES[number])
     stretch, capacity = options.pop("stretch"), options.pop("capacity")
-    case = device_case(**options, batch=1, heads=2, writes=3, reads=2)
+    case = device_case(**options, batch=1, heads=1, length=41 if options["steps"] < 3 else 27, writes=2, reads=2)
     split_all(monkeypatch, case, capacity)
     assert_near(case, values(case, "triton", **choose_stretch(case, stretch, monkeypatch))[0])
 
@@ -50,10 +48,10 @@ def test_split_chains_equal_the_definition(number: int, monkeypatch: pytest.Monk
 def test_hot_slots_are_split_and_the_rest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks cover each long bucket's writes once and in order; a short one has none."""
     from slotmamba_kernels.hksa import launch
-    from slotmamba_kernels.hksa.split import Split
+    from slotmamba_kernels.hksa.split import Split, split_long_chains
 
     seed_afresh()
-    case = device_case(batch=1, heads=2, length=60, writes=2, reads=1, num_slots=40, dim=32, steps=4, state=False)
+    case = device_case(batch=1, heads=2, length=20, writes=2, reads=1, num_slots=40, dim=32, steps=4, state=False)
     hot = case.tensors["write_idx"].clone()
     hot[..., 0], hot[..., 1] = 39, hot[..., 1] % 39
     case = case.with_tensors(write_idx=hot)
@@ -66,7 +64,6 @@ def test_hot_slots_are_split_and_the_rest_is_not(monkeypatch: pytest.MonkeyPatch
         seen.append((found, at.plan))
         return found
 
-    split_long_chains = launch.split_long_chains
     monkeypatch.setattr(launch, "split_long_chains", record)
     assert_near(case, values(case, "triton")[0])
     split, plan = seen[0]
@@ -82,7 +79,7 @@ def test_hot_slots_are_split_and_the_rest_is_not(monkeypatch: pytest.MonkeyPatch
 
 def test_two_runs_are_bitwise_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     seed_afresh()
-    case = device_case(batch=1, heads=1, length=40, writes=3, num_slots=4, dim=32, documents=True)
+    case = device_case(batch=1, heads=1, length=24, writes=2, num_slots=3, dim=32, documents=True)
     split_all(monkeypatch, case, 64)
     first, second = (values(case, "triton")[0] for _ in range(2))
     assert all(torch.equal(x, second[name]) for name, x in first.items())

@@ -18,8 +18,8 @@ LEAST_WRITES = 192
 FULL_GPU = 4096
 """Chains that a GPU walks at once; writes are many if they keep it longer than that many of them would."""
 
-BLOCKS_IN_ALL = 16384
-"""Of a call, about 100 MB of workspace."""
+BLOCKS_IN_ALL = 10240
+"""Of a call, 17 KB each at d = 128."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Split:
     block_begin: Tensor
     long_buckets: Tensor
     block_range: Tensor
-    triangles: Tensor
+    step_of: Tensor
+    weighted: Tensor
     decays: Tensor
 
     @property
@@ -41,17 +42,17 @@ class Split:
     ) -> tuple[Tensor, Tensor]:
         """States [S, capacity, 2, d] and normalisers [S, capacity], float32, from which each block begins, or with
         `backward` the adjoints that come to its end. `probe` fills the same with what blocks make of zeros."""
-        _, length, heads, steps, writes, _, dim = x.sizes
+        _, length, heads, steps, _, _, dim = x.sizes
         streams, most = len(self.decays), self.long_buckets.shape[1] - 1
         sizes = (2, streams, self.capacity)
         constants, carried = torch.empty(*sizes, 2, dim, dtype=torch.float32, device=x.q.device).unbind(0)
         constants_z, carried_z = torch.empty(*sizes, dtype=torch.float32, device=x.q.device).unbind(0)
         probe(self, (constants, constants_z))
         carry_blocks[(most, streams, 2)](
-            x.k, x.beta, x.write_w, at.plan.write_order, self.block_begin, self.long_buckets, self.block_range,
-            self.triangles, self.decays, constants, constants_z, carried, carried_z,
-            at.start, length, at.length, at.plan.num_buckets, self.capacity, most,
-            H=heads, NS=steps, K=writes, D=dim, BD=triton.next_power_of_2(dim), BACKWARD=backward, num_warps=4,
+            x.k, self.block_begin, self.long_buckets, self.step_of, self.weighted, self.decays,
+            constants, constants_z, carried, carried_z,
+            at.start, length, at.plan.num_buckets, self.capacity, most,
+            H=heads, NS=steps, D=dim, BD=triton.next_power_of_2(dim), BACKWARD=backward, num_warps=4,
         )  # fmt: skip
         return carried, carried_z
 
@@ -77,18 +78,20 @@ def split_long_chains(x: Inputs, at: Stretch, log_keep: Tensor) -> Split | None:
         block_begin=empty(buckets + 1),
         long_buckets=empty(most + 1),
         block_range=empty(capacity, 2),
-        triangles=empty(capacity, STEPS.value, STEPS.value, dtype=torch.float32),
+        step_of=empty(capacity, STEPS.value),
+        weighted=empty(capacity, STEPS.value, triton.next_power_of_2(dim), dtype=torch.float32),
         decays=empty(capacity, dtype=torch.float32),
     )
     choose_blocks[(streams,)](
         at.plan.write_bucket, split.block_begin, split.long_buckets, buckets, capacity, most, least,
-        BUCKETS=triton.next_power_of_2(buckets), WRITES=of_block, LEVELS=(events // least).bit_length(), num_warps=4,
+        BUCKETS=triton.next_power_of_2(buckets), WRITES=of_block,
+        LEVELS=4 * (events // least).bit_length(), num_warps=4,  # 1.25^4 > 2
     )  # fmt: skip
     map_blocks[(capacity, streams)](
         x.k, x.beta, x.write_w, log_keep, x.gamma, at.plan.write_order, at.plan.previous, at.plan.write_bucket,
-        split.block_begin, split.block_range, split.triangles, split.decays,
+        split.block_begin, split.block_range, split.step_of, split.weighted, split.decays,
         at.start, length, at.length, buckets, capacity,
         H=heads, NS=steps, K=writes, D=dim, BD=triton.next_power_of_2(dim),
-        WRITES=of_block, BITS=buckets.bit_length(), num_warps=4,
+        WRITES=of_block, BITS=buckets.bit_length(), num_warps=1,
     )  # fmt: skip
     return split

@@ -4,7 +4,7 @@ A write is affine in the state: S -> a (I - x_n k_n k_n^T) ... (I - x_1 k_1 k_1^
 is a block of writes, of R steps in all, and its linear part has the compact form of chunked delta rules (Yang et al.,
 2024, "Parallelizing linear transformers with the delta rule over sequence length"), in which the decays are a factor:
 
-    P = A (I - K^T diag(x) T K),   A the product of the decays,   T^-1 = I + L,   L_im = (k_i . k_m) x_m for m < i.
+    P = A (I - K^T W),   W = diag(x) (I + L)^-1 K,   L_im = (k_i . k_m) x_m for m < i,   A the product of the decays.
 
 All blocks are walked from an empty state side by side, which gives their constants Q (`chain_forward` as a probe).
 `carry_blocks` goes from block to block of a chain, S <- P S + Q, or backwards with P^T on adjoints, and leaves the
@@ -24,7 +24,8 @@ def choose_blocks(
     bucket, block_begin, long_buckets, buckets, capacity, most, least,
     BUCKETS: tl.constexpr, WRITES: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Which buckets of a stream are split: those of more than `least` writes, doubled until all blocks fit.
+    """Which buckets of a stream are split: those of more than `least` writes, a number that grows until all blocks
+    fit.
 
     block_begin [S, NB+1]: number of a bucket's first block among at most `capacity` of the stream, of WRITES writes
     each; none if it is that of the next bucket. long_buckets [S, most+1]: the buckets that are split, last their
@@ -37,7 +38,7 @@ def choose_blocks(
     blocks = (count + WRITES - 1) // WRITES
     for _ in range(LEVELS):
         fits = tl.sum(tl.where(count > least, blocks, 0), 0) <= capacity
-        least = tl.where(fits, least, 2 * least)
+        least = tl.where(fits, least, least + least // 4 + 1)
     long = (count > least).to(tl.int32)
     blocks *= long
     tl.store(block_begin + s * (buckets + 1) + i, tl.cumsum(blocks, 0) - blocks, mask=i < buckets)
@@ -47,30 +48,15 @@ def choose_blocks(
 
 
 @triton.jit
-def load_keys(
-    k, beta, w, order, first, last, d,
-    H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Of the steps of writes [first, last): k [R, BD] in its dtype and x [R], zeros where there are fewer."""
-    r = tl.arange(0, STEPS)
-    live = first + r // NS < last
-    event = tl.load(order + first + r // NS, mask=live, other=0)
-    token = event // K
-    weight = tl.load(w + token * (H * K) + event % K, mask=live, other=0.0).to(tl.float32)
-    size = tl.load(beta + token * (H * NS) + r % NS, mask=live, other=0.0).to(tl.float32)
-    at = k + (token * (H * NS * D) + r % NS * D)[:, None] + d[None, :]
-    return tl.load(at, mask=live[:, None] & (d[None, :] < D), other=0.0), weight * size
-
-
-@triton.jit
 def map_blocks(
-    k, beta, w, log_keep, gamma, order, previous, bucket, block_begin, block_range, triangles, decays,
+    k, beta, w, log_keep, gamma, order, previous, bucket, block_begin, block_range, step_of, weighted, decays,
     start, T, L, buckets, capacity,
     H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     WRITES: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Of each block its writes, block_range [S, capacity, 2], T, triangles [S, capacity, R, R], and A, decays
-    [S, capacity], which is 0 where a write of the block starts anew."""
+    """Of each block its writes, block_range [S, capacity, 2], and P: where its k_i are, step_of [S, capacity, R], in
+    vectors from the stream's first one, -1 where it has fewer steps; W, weighted [S, capacity, R, BD]; A, decays
+    [S, capacity], 0 where a write of the block starts anew."""
     block = tl.program_id(0)
     s = tl.program_id(1).to(tl.int64)
     b = s // H
@@ -93,25 +79,53 @@ def map_blocks(
 
         row0 = (b * T + start) * H + h
         order += s * L * K
-        d = tl.arange(0, BD)
         r = tl.arange(0, STEPS)
-        keys, x = load_keys(k + row0 * (NS * D), beta + row0 * NS, w + row0 * K, order, first, last, d, H, NS, K, D, BD)
-        keys = keys.to(tl.float32)
-        products = tl.dot(keys, tl.trans(keys), input_precision="ieee") * x[None, :]
-        products = tl.where(r[:, None] > r[None, :], products, 0.0)
-        inverse = (r[:, None] == r[None, :]).to(tl.float32)
-        for i in range(1, STEPS):  # forward substitution, row by row
-            row = tl.sum(tl.where(r[:, None] == i, products, 0.0), 0)
-            solved = tl.sum(row[:, None] * inverse, 0)
-            inverse -= tl.where(r[:, None] == i, solved[None, :], 0.0)
-        tl.store(triangles + at_block * (STEPS * STEPS) + r[:, None] * STEPS + r[None, :], inverse)
+        live = first + r // NS < last
+        event = tl.load(order + first + r // NS, mask=live, other=0)
+        token = event // K
+        weight = tl.load(w + row0 * K + token * (H * K) + event % K, mask=live, other=0.0).to(tl.float32)
+        x = weight * tl.load(beta + row0 * NS + token * (H * NS) + r % NS, mask=live, other=0.0).to(tl.float32)
+        step = token * (H * NS) + r % NS
+        tl.store(step_of + at_block * STEPS + r, tl.where(live, step, -1))
+        offset = step * D
+        k += row0 * (NS * D)
+
+        PART: tl.constexpr = min(BD, 64)
+        d = tl.arange(0, PART)
+        products = tl.zeros([STEPS, STEPS], tl.float32)
+        for part in range(0, BD, PART):
+            inside = live[:, None] & (part + d < D)[None, :]
+            keys = tl.load(k + offset[:, None] + (part + d)[None, :], mask=inside, other=0.0).to(tl.float32)
+            products += tl.dot(keys, tl.trans(keys), input_precision="tf32x3")
+        # L is solved row by row, each row a vector over the columns. Entries of L are wanted one at a time: they come
+        # from memory, from where W will be, and rows of the inverse take the place of those of L.
+        weighted += at_block * (STEPS * BD)
+        products = tl.where(r[:, None] > r[None, :], products * x[None, :], 0.0)
+        tl.store(weighted + r[:, None] * STEPS + r[None, :], products)
+        tl.debug_barrier()
+        rows = ()
+        for i in tl.static_range(STEPS):
+            solved = (r == i).to(tl.float32)
+            for m in tl.static_range(i):
+                solved -= tl.load(weighted + i * STEPS + m) * rows[m]
+            rows = rows + (solved,)
+        tl.debug_barrier()
+        for i in tl.static_range(STEPS):
+            tl.store(weighted + i * STEPS + r, rows[i])
+        tl.debug_barrier()
+        inverse = tl.load(weighted + r[:, None] * STEPS + r[None, :]) * x[:, None]
+        tl.debug_barrier()
+        for part in range(0, BD, PART):
+            inside = live[:, None] & (part + d < D)[None, :]
+            keys = tl.load(k + offset[:, None] + (part + d)[None, :], mask=inside, other=0.0).to(tl.float32)
+            values = tl.dot(inverse, keys, input_precision="tf32x3")
+            tl.store(weighted + r[:, None] * BD + (part + d)[None, :], values)
 
         write = first + r
         live = write < last
         event = tl.load(order + write, mask=live, other=0)
-        kept = tl.load(
-            log_keep + (b * L * H + h) * K + event // K * (H * K) + event % K, mask=live, other=0.0
-        )  # fmt: skip
+        at = (b * L * H + h) * K + event // K * (H * K) + event % K
+        kept = tl.load(log_keep + at, mask=live, other=0.0)
         source = tl.load(previous + s * L * K + write, mask=live, other=0)
         decay = tl.exp(tl.load(gamma + h).to(tl.float32) * tl.sum(kept, 0))
         tl.store(decays + at_block, tl.where(tl.min(source, 0) >= 0, decay, 0.0))
@@ -119,19 +133,14 @@ def map_blocks(
 
 @triton.jit
 def load_map(
-    k, beta, w, order, block_range, triangles, decays, constants, constants_z, at_block, memory, live, d,
-    H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """P and Q of a block: k [R, BD], x [R], T [R, R], A, Q [BD] of the memory and of the normaliser."""
+    k, step, weighted, decays, constants, constants_z, at_block, memory, live, d, D: tl.constexpr, BD: tl.constexpr
+):
+    """P and Q of a block: k [R, BD], W [R, BD], A, Q [BD] of the memory and of the normaliser."""
     r = tl.arange(0, STEPS)
-    first = tl.load(block_range + at_block * 2, mask=live, other=0)
-    last = tl.load(block_range + at_block * 2 + 1, mask=live, other=0)
-    keys, x = load_keys(k, beta, w, order, first, last, d, H, NS, K, D, BD)
-    triangle = triangles + at_block * (STEPS * STEPS) + r[:, None] * STEPS + r[None, :]
+    at = k + (step * D)[:, None] + d[None, :]
     return (
-        keys,
-        x,
-        tl.load(triangle, mask=live, other=0.0),
+        tl.load(at, mask=(step >= 0)[:, None] & (d < D)[None, :], other=0.0),
+        tl.load(weighted + at_block * (STEPS * BD) + r[:, None] * BD + d[None, :], mask=live, other=0.0),
         tl.load(decays + at_block, mask=live, other=0.0),
         tl.load(constants + (at_block * 2 + memory) * D + d, mask=live & (d < D), other=0.0),
         tl.load(constants_z + at_block, mask=live, other=0.0),
@@ -140,10 +149,9 @@ def load_map(
 
 @triton.jit
 def carry_blocks(
-    k, beta, w, order, block_begin, long_buckets, block_range, triangles, decays, constants, constants_z,
-    carried, carried_z,
-    start, T, L, buckets, capacity, most,
-    H: tl.constexpr, NS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BACKWARD: tl.constexpr,
+    k, block_begin, long_buckets, step_of, weighted, decays, constants, constants_z, carried, carried_z,
+    start, T, buckets, capacity, most,
+    H: tl.constexpr, NS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Goes along the blocks of a long bucket, for key or for value memory. carried [S, capacity, 2, D], carried_z
     [S, capacity]: the state that a block begins from, or BACKWARD the adjoint that comes to its end from those after
@@ -153,42 +161,41 @@ def carry_blocks(
     b = s // H
     h = s % H
     d = tl.arange(0, BD)
-    row0 = (b * T + start) * H + h
-    k += row0 * (NS * D)
-    beta += row0 * NS
-    w += row0 * K
-    order += s * L * K
+    r = tl.arange(0, STEPS)
+    k += ((b * T + start) * H + h) * (NS * D)
     long_buckets += s * (most + 1)
     listed = tl.program_id(0) < tl.load(long_buckets + most)
     begins = block_begin + s * (buckets + 1) + tl.load(long_buckets + tl.program_id(0), mask=listed, other=0)
     first = tl.load(begins, mask=listed, other=0)
-    last = tl.load(begins + 1, mask=listed, other=0)
+    count = tl.load(begins + 1, mask=listed, other=0) - first
 
+    along_chain = -1 if BACKWARD else 1
+    at_block = s * capacity + (first + count - 1 if BACKWARD else first)
     state = tl.zeros([BD], tl.float32)
     z = 0.0
-    begin = s * capacity + (last - 1 if BACKWARD else first)
-    ahead = load_map(
-        k, beta, w, order, block_range, triangles, decays, constants, constants_z, begin, memory, first < last, d,
-        H, NS, K, D, BD,
-    )  # fmt: skip
-    for i in range(last - first):
-        at_block = begin + (-i if BACKWARD else i)
+    # The map of a block is loaded while the one before it is applied, and where its k are, one block earlier still.
+    step = tl.load(step_of + at_block * STEPS + r, mask=count > 0, other=-1)
+    ahead = load_map(k, step, weighted, decays, constants, constants_z, at_block, memory, count > 0, d, D, BD)
+    step = tl.load(step_of + (at_block + along_chain) * STEPS + r, mask=count > 1, other=-1)
+    for i in range(count):
         of_block = ahead
         ahead = load_map(
-            k, beta, w, order, block_range, triangles, decays, constants, constants_z,
-            at_block + (-1 if BACKWARD else 1), memory, i + 1 < last - first, d, H, NS, K, D, BD,
+            k, step, weighted, decays, constants, constants_z, at_block + along_chain, memory, i + 1 < count, d, D, BD
         )  # fmt: skip
+        step = tl.load(step_of + (at_block + 2 * along_chain) * STEPS + r, mask=i + 2 < count, other=-1)
         tl.store(carried + (at_block * 2 + memory) * D + d, state, mask=d < D)
         if memory == 0:
             tl.store(carried_z + at_block, z)
         keys = of_block[0].to(tl.float32)
-        along = tl.sum(keys * state[None, :], 1)
         if BACKWARD:
-            pulled = tl.sum(of_block[2] * (of_block[1] * along)[:, None], 0)
+            along = tl.sum(keys * state[None, :], 1)
+            taken = tl.sum(of_block[1] * along[:, None], 0)
         else:
-            pulled = of_block[1] * tl.sum(of_block[2] * along[None, :], 1)
-        state = of_block[3] * (state - tl.sum(keys * pulled[:, None], 0)) + of_block[4]
-        z = of_block[3] * z + of_block[5]
+            along = tl.sum(of_block[1] * state[None, :], 1)
+            taken = tl.sum(keys * along[:, None], 0)
+        state = of_block[2] * (state - taken) + of_block[3]
+        z = of_block[2] * z + of_block[4]
+        at_block += along_chain
 
 
 @triton.jit
