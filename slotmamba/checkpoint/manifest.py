@@ -132,17 +132,15 @@ def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def record_files(checkpoint: Path, rank: int = 0, size: int = 1) -> dict[str, FileRecord]:
-    """Size and sha256 of the files in the folder: all, or of every ``size``-th, beginning with number ``rank``.
-
-    So ``size`` processes record them all together.
-    """
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    return {str(path.relative_to(checkpoint)): FileRecord.of(path) for path in files[rank::size]}
+def list_files(checkpoint: Path) -> list[str]:
+    """Paths of all files in the folder and below it, relative to it."""
+    return sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file())
 
 
 def verify_files(checkpoint: Path, manifest: Manifest, rank: int = 0, size: int = 1) -> None:
-    """Compare each file's size, then sha256, with the manifest: all, or every ``size``-th as in `record_files`.
+    """Compare each file's size, then sha256, with the manifest: all, or every ``size``-th from number ``rank`` on.
+
+    So ``size`` processes verify them together.
 
     Raises:
         DamagedCheckpointError: a file is missing, cannot be read or differs; the text names it.
