@@ -53,7 +53,7 @@ def read_beats(logs: Path) -> list[Beat]:
 
 
 def who_is_behind(beats: list[Beat]) -> str:
-    """In words, the ranks that the others wait for: those with the fewest steps, or that do not wait where others do."""
+    """In words, the ranks that the others wait for: those with fewer steps, or that work where the others wait."""
     if not beats:
         return "no rank has begun"
     last = min(beats, key=_progress)

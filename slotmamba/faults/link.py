@@ -118,9 +118,9 @@ def connect(world: World) -> Link:
         server.settimeout(_CONNECT_TIMEOUT)
         lines: dict[int, Line] = {}
         while len(lines) < world.size - 1:
-            line = _accept(server, token)
-            if line is not None:
-                lines[line.rank] = line
+            caller = _accept(server, token)
+            if caller is not None:
+                lines[caller.rank] = caller
     return Link(list(lines.values()))
 
 

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 from slotmamba.world import World
-
-_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 @contextmanager
@@ -28,35 +27,37 @@ def rank_log(logs: Path, world: World) -> Iterator[None]:
     path = logs / f"rank-{world.rank:05d}.log"
     if not world.is_main:
         _redirect_output(path)
-    file = logging.FileHandler(path, delay=False)
-    file.setFormatter(logging.Formatter(_FORMAT))
-    handlers: list[logging.Handler] = [file]
-    if world.is_main:
+    with path.open("a", buffering=1) as log:
+        process = f"process {os.getpid()} on {socket.gethostname()}"
+        log.write(f"{datetime.now().isoformat(' ', 'seconds')} rank {world.rank} of {world.size}, {process}\n")
+        with _logging_to(log, terminal=world.is_main):
+            try:
+                yield
+            except BaseException:
+                log.write(traceback.format_exc())
+                raise
+
+
+@contextmanager
+def _logging_to(log: TextIO, terminal: bool) -> Iterator[None]:
+    handlers: list[logging.Handler] = [logging.StreamHandler(log)]
+    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    if terminal:
         handlers.append(logging.StreamHandler(sys.stderr))
-        handlers[-1].setLevel(logging.WARNING)
+        handlers[1].setLevel(logging.WARNING)
     root, own = logging.getLogger(), logging.getLogger("slotmamba")
     level = own.level
     for handler in handlers:
         root.addHandler(handler)
     own.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    file.stream.write(f"{datetime.now().isoformat(' ', 'seconds')} rank {world.rank} of {world.size}, {_process()}\n")
-    file.stream.flush()
     try:
         yield
-    except BaseException:
-        file.stream.write(traceback.format_exc())
-        raise
     finally:
         logging.captureWarnings(False)
         own.setLevel(level)
         for handler in handlers:
             root.removeHandler(handler)
-        file.close()
-
-
-def _process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _redirect_output(path: Path) -> None:

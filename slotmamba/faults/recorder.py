@@ -33,7 +33,6 @@ class Recorder:
 
     def dump(self, headline: str) -> None:
         """Writes the stacks of all threads now, and the last collectives where torch has recorded them."""
-        self.end_after(LAST_RESORT)
         self._stacks.write(f"{headline}\n\n")
         self._stacks.flush()
         faulthandler.dump_traceback(self._stacks, all_threads=True)
@@ -48,10 +47,12 @@ class Recorder:
 
 
 def keep_flight_record(logs: Path) -> None:
-    """Makes torch record its last collectives. To be called before the process group is made, which reads it.
+    """Makes torch record its last collectives, by variables that it reads when the process group is made.
 
     `torch.distributed.flight_recorder.fr_trace` (the command torchfrtrace) reads the files.
     """
+    if "WORLD_SIZE" not in os.environ:  # a process that trains alone has no collectives
+        return
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # 2.13 and 2.11

@@ -68,7 +68,7 @@ def judge(failures: Sequence[Failure], size: int, logs: Path | None) -> Verdict:
     """The verdict over failures in the order in which they became known, in a world of `size` ranks."""
     first = min(failures, key=lambda failure: failure.cause)
     alike = [failure.rank for failure in failures if (failure.cause, failure.text) == (first.cause, first.text)]
-    everywhere = 0 in alike and first.cause == Cause.REFUSED or len(alike) == size
+    everywhere = (0 in alike and first.cause == Cause.REFUSED) or len(alike) == size
     text = first.text if everywhere or first.cause in (Cause.GONE, Cause.STUCK) else f"rank {first.rank}: {first.text}"
     if first.cause == Cause.REFUSED:
         return Verdict(text, first.code, stacks=False)

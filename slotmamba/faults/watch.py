@@ -11,12 +11,15 @@ import queue
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from slotmamba.config.duration import seconds
+from slotmamba.config.schema import ParallelConfig
 from slotmamba.faults.heartbeat import Heartbeat, read_beats, who_is_behind
 from slotmamba.faults.link import Link, Message, connect
 from slotmamba.faults.recorder import LAST_RESORT, Recorder, set_collective_timeout
@@ -35,6 +38,15 @@ class Limits:
 
     first_step: float
     step: float
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> Limits:
+        return cls(seconds(parallel.first_step_timeout), seconds(parallel.step_timeout))
+
+    @property
+    def first_collective(self) -> float:
+        """Timeout of collectives up to the first step: later than the watch, which knows more about the cause."""
+        return self.first_step + LAST_RESORT
 
 
 class Watch:
@@ -70,7 +82,7 @@ class Watch:
             self._recorder.close()
 
 
-class SharedWatch(Watch):
+class SharedWatch(Watch, ABC):
     """The watch of one of several processes; its thread runs until `close`."""
 
     def __init__(self, world: World, link: Link) -> None:
@@ -101,13 +113,12 @@ class SharedWatch(Watch):
     def first_step_done(self) -> None:
         assert self._limits is not None, "begin comes first"
         self._limit = self._limits.step
-        # Later than the watch, which knows more about the cause than an error in a collective.
         set_collective_timeout(self._limit + LAST_RESORT)
 
     def fail(self, error: BaseException) -> NoReturn:
         failure = failure_of(error, self._world.rank)
         self._own.put(failure)
-        time.sleep(2 * PATIENCE)  # the thread ends the process, with everybody's verdict
+        self._thread.join(2 * PATIENCE)  # it ends the process, with everybody's verdict
         self._end(judge([failure], self._world.size, self._logs), tell=True)
 
     def close(self) -> None:
@@ -129,16 +140,17 @@ class SharedWatch(Watch):
             self._decide()
         self._link.send({"kind": "left"})
 
+    @abstractmethod
     def _hear(self, rank: int, message: Message) -> None:
-        raise NotImplementedError
+        """Acts on a message of `rank`."""
 
+    @abstractmethod
     def _learn(self, failure: Failure) -> None:
         """Takes note of a failure of this rank."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decide(self) -> None:
         """Ends the process if it is time to."""
-        raise NotImplementedError
 
     def _position(self) -> str:
         return who_is_behind(read_beats(self._logs)) if self._logs else "before the run began"
@@ -146,6 +158,8 @@ class SharedWatch(Watch):
     def _end(self, verdict: Verdict, tell: bool) -> NoReturn:
         """Leaves what is to be left and exits, from whichever thread: the other may be stuck in a collective."""
         with self._ended:  # for good
+            if self._recorder is not None:
+                self._recorder.end_after(LAST_RESORT)
             if tell:
                 lines = "".join(f"error: {line}\n" for line in verdict.text.splitlines())
                 os.write(self._terminal, lines.encode())
@@ -239,13 +253,16 @@ def watched(world: World) -> Iterator[Watch]:
 
     In a world of one it only keeps that process's beats, and exceptions go on as they are.
     """
-    if world.size == 1:
-        watch = Watch(world)
-    else:
-        watch = (ChiefWatch if world.is_main else MemberWatch)(world, connect(world))
+    watch = _watch_of(world)
     try:
         yield watch
     except BaseException as error:
         watch.fail(error)
     finally:
         watch.close()
+
+
+def _watch_of(world: World) -> Watch:
+    if world.size == 1:
+        return Watch(world)
+    return (ChiefWatch if world.is_main else MemberWatch)(world, connect(world))
