@@ -105,7 +105,8 @@ def ensure_process_group(world: World) -> None:
     """Gives a process that runs alone a process group of one, which sharding engines need."""
     if not dist.is_initialized():
         assert world.size == 1
-        dist.init_process_group(_backend(world.device), store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(_backend(world.device), store=store, rank=0, world_size=1)
 
 
 def _join(device: torch.device, missing: list[str], timeout: float) -> World:
