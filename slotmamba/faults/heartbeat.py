@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,25 @@ class Beat:
 class Heartbeat:
     """Writes a rank's beats, some 100 microseconds each on a local disk.
 
-    They are not synced: they say where a process was, which after a power cut is of no interest.
+    They are not synced: they say where a process was, which after a power cut is of no interest. That one cannot be
+    written is a warning, once.
     """
 
     def __init__(self, logs: Path, rank: int) -> None:
         self._path = logs / f"heartbeat-{rank:05d}.json"
         self._temporary = self._path.with_suffix(".tmp")
         self._rank, self._host, self._pid = rank, socket.gethostname(), os.getpid()
+        self._failed = False
 
     def beat(self, step: int, phase: str, waiting: bool) -> None:
         beat = Beat(self._rank, self._host, self._pid, step, phase, waiting, time.time())
-        self._temporary.write_text(json.dumps(asdict(beat)))
-        self._temporary.replace(self._path)
+        try:
+            self._temporary.write_text(json.dumps(asdict(beat)))
+            self._temporary.replace(self._path)
+        except OSError as error:
+            if not self._failed:
+                logger.warning("heart-beats are not written: %s: %s", error.filename or self._path, error.strerror)
+            self._failed = True
 
 
 def read_beats(logs: Path) -> list[Beat]:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import socket
 import sys
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from slotmamba.world import World
+
+
+class _RankLog(logging.StreamHandler[TextIO]):
+    """Writes through to the file, and goes on without it where that fails: a full disk is the checkpoints' to report."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.TextIOWrapper(path.open("ab", buffering=0), write_through=True))
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def write(self, level: int, message: str, error: BaseException | None = None) -> None:
+        """A line, and the traceback of `error`, for the file only."""
+        trace = (type(error), error, error.__traceback__) if error else None
+        self.handle(logging.LogRecord(__name__, level, __file__, 0, message, (), trace))
 
 
 @contextmanager
@@ -27,24 +42,22 @@ def rank_log(logs: Path, world: World) -> Iterator[None]:
     path = logs / f"rank-{world.rank:05d}.log"
     if not world.is_main:
         _redirect_output(path)
-    with path.open("a", buffering=1) as log:
-        process = f"process {os.getpid()} on {socket.gethostname()}"
-        log.write(f"{datetime.now().isoformat(' ', 'seconds')} rank {world.rank} of {world.size}, {process}\n")
-        with _logging_to(log, terminal=world.is_main):
+    with closing(_RankLog(path)) as log, closing(log.stream):
+        log.write(logging.INFO, f"rank {world.rank} of {world.size}: process {os.getpid()} on {socket.gethostname()}")
+        handlers: list[logging.Handler] = [log]
+        if world.is_main:
+            handlers.append(logging.StreamHandler(sys.stderr))
+            handlers[1].setLevel(logging.WARNING)
+        with _logging_to(handlers):
             try:
                 yield
-            except BaseException:
-                log.write(traceback.format_exc())
+            except BaseException as error:
+                log.write(logging.ERROR, "the process fails", error)
                 raise
 
 
 @contextmanager
-def _logging_to(log: TextIO, terminal: bool) -> Iterator[None]:
-    handlers: list[logging.Handler] = [logging.StreamHandler(log)]
-    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    if terminal:
-        handlers.append(logging.StreamHandler(sys.stderr))
-        handlers[1].setLevel(logging.WARNING)
+def _logging_to(handlers: list[logging.Handler]) -> Iterator[None]:
     root, own = logging.getLogger(), logging.getLogger("slotmamba")
     level = own.level
     for handler in handlers:
