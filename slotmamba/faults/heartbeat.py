@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -57,22 +58,42 @@ class Heartbeat:
             self._failed = True
 
 
-def read_beats(logs: Path) -> list[Beat]:
-    """The last beat of each rank that has made one, in the order of ranks."""
-    return [Beat(**json.loads(path.read_bytes())) for path in sorted(logs.glob("heartbeat-*.json"))]
+def read_beats(logs: Path, size: int) -> list[Beat]:
+    """The last beat of each of `size` ranks that has made one, in the order of ranks."""
+    paths = [logs / f"heartbeat-{rank:05d}.json" for rank in range(size)]
+    return [Beat(**json.loads(path.read_bytes())) for path in paths if path.is_file()]
 
 
-def who_is_behind(beats: list[Beat]) -> str:
-    """In words, the ranks that the others wait for: those with fewer steps, or that work where the others wait."""
-    if not beats:
-        return "no rank has begun"
-    last = min(beats, key=_progress)
-    behind = [beat for beat in beats if _progress(beat) == _progress(last)]
-    if len(behind) == len(beats):
-        return f"all ranks are at step {last.step}, {last.phase}"
-    names = ", ".join(str(beat.rank) for beat in behind[:8]) + (", ..." if len(behind) > 8 else "")
-    return f"rank {last.rank} is behind: {last}" if len(behind) == 1 else f"ranks {names} are behind: {last}"
+def who_is_behind(beats: list[Beat], collectives: Mapping[int, int | None], size: int) -> str:
+    """In words, which of `size` ranks the others wait for.
+
+    Args:
+        beats: the last of each rank.
+        collectives: how many collectives each rank has begun that answers when it is asked; None: it does not know.
+
+    A rank that does not answer comes first; then those with the fewest steps, or that work where others wait; then
+    those that have begun fewer collectives in their step than the others.
+    """
+    silent = [rank for rank in range(size) if rank not in collectives]
+    if silent:
+        return f"{_names(silent, 'does', 'do')} not answer (stopped?){_last(beats, silent[0])}"
+
+    def progress(beat: Beat) -> tuple[int, bool, int]:
+        return beat.step, beat.waiting, collectives[beat.rank] or 0
+
+    least = min(map(progress, beats), default=None)
+    behind = [beat.rank for beat in beats if progress(beat) == least]
+    if len(behind) == size:
+        return f"all ranks are at step {beats[0].step}, {beats[0].phase}"
+    return f"{_names(behind, 'is', 'are')} behind{_last(beats, behind[0])}" if behind else "no rank has begun"
 
 
-def _progress(beat: Beat) -> tuple[int, bool]:
-    return beat.step, beat.waiting
+def _last(beats: list[Beat], rank: int) -> str:
+    return next((f": {beat}" for beat in beats if beat.rank == rank), "")
+
+
+def _names(ranks: list[int], one: str, several: str) -> str:
+    """Subject and verb."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} {one}"
+    return f"ranks {', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''} {several}"

@@ -16,7 +16,7 @@ from slotmamba.world import World
 
 
 class _RankLog(logging.StreamHandler[TextIO]):
-    """Writes through to the file, and goes on without it where that fails: a full disk is the checkpoints' to report."""
+    """Writes through to the file, and goes on where that fails: a full disk is for the checkpoints to report."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.TextIOWrapper(path.open("ab", buffering=0), write_through=True))

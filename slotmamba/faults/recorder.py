@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import pickle
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -65,6 +66,17 @@ def _flight_record() -> bytes:
 
     dump = getattr(_distributed_c10d, "_dump_nccl_trace", None) or getattr(_distributed_c10d, "_dump_fr_trace", None)
     return dump() if dump else b""
+
+
+def collectives_begun() -> int | None:
+    """How many collectives this process has begun, in all groups; None where torch does not record them.
+
+    Ranks make the same ones, so of ranks that hang the one with the fewest is the one that the others wait for.
+    """
+    record = _flight_record()
+    if not record:
+        return None
+    return sum(group["last_enqueued_collective"] for group in pickle.loads(record)["pg_status"].values())
 
 
 def set_collective_timeout(seconds: float) -> None:

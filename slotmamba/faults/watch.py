@@ -14,22 +14,22 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
 from slotmamba.config.duration import seconds
 from slotmamba.config.schema import ParallelConfig
-from slotmamba.faults.heartbeat import Heartbeat, read_beats, who_is_behind
+from slotmamba.faults.heartbeat import Beat, Heartbeat, read_beats, who_is_behind
 from slotmamba.faults.link import Link, Message, connect
-from slotmamba.faults.recorder import LAST_RESORT, Recorder, set_collective_timeout
+from slotmamba.faults.recorder import LAST_RESORT, Recorder, collectives_begun, set_collective_timeout
 from slotmamba.faults.verdict import Cause, Failure, Verdict, failure_of, judge
 from slotmamba.outcome import FAILURE
 from slotmamba.world import World
 
 TICK = 0.25  # seconds
 GRACE = 1.0  # seconds between the first failure that can be a cause and the verdict
-PATIENCE = 10.0  # seconds in which the cause of a collective's failure, or rank 0's verdict, is waited for
+PATIENCE = 10.0  # seconds in which the cause of a collective's failure, an answer, or the verdict is waited for
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ class SharedWatch(Watch, ABC):
     def _decide(self) -> None:
         """Ends the process if it is time to."""
 
-    def _position(self) -> str:
-        return who_is_behind(read_beats(self._logs)) if self._logs else "before the run began"
+    def _beats(self) -> list[Beat]:
+        return read_beats(self._logs, self._world.size) if self._logs else []
 
     def _end(self, verdict: Verdict, tell: bool) -> NoReturn:
         """Leaves what is to be left and exits, from whichever thread: the other may be stuck in a collective."""
@@ -180,6 +180,7 @@ class ChiefWatch(SharedWatch):
         self._failures: list[Failure] = []
         self._failed_at = 0.0
         self._gone: set[int] = set()
+        self._collectives: dict[int, int | None] = {}
         super().__init__(world, link)
 
     def _hear(self, rank: int, message: Message) -> None:
@@ -189,10 +190,11 @@ class ChiefWatch(SharedWatch):
             case "failed":
                 failure = Failure(**message["failure"])
                 self._learn(Failure(rank, Cause(failure.cause), failure.text, failure.code))
+            case "collectives":
+                self._collectives[rank] = message["begun"]
             case "gone":
                 if rank not in self._gone and all(failure.rank != rank for failure in self._failures):
-                    beats = {beat.rank: beat for beat in read_beats(self._logs)} if self._logs else {}
-                    seen = f", last seen at {beats[rank]}" if rank in beats else ""
+                    seen = "".join(f", last seen at {beat}" for beat in self._beats() if beat.rank == rank)
                     text = f"rank {rank} has ended without a word (killed? out of memory?){seen}"
                     self._learn(Failure(rank, Cause.GONE, text, FAILURE))
 
@@ -201,15 +203,20 @@ class ChiefWatch(SharedWatch):
             self._reported = True
         if not self._failures:
             self._failed_at = time.monotonic()
-        if failure.cause == Cause.STUCK:
-            failure = Failure(failure.rank, failure.cause, f"{failure.text}: {self._position()}", failure.code)
+        if failure.cause == Cause.STUCK and not self._collectives:
+            self._collectives[0] = collectives_begun()
+            self._link.send({"kind": "where"})
         self._failures.append(failure)
 
     def _decide(self) -> None:
         if not self._failures:
             return
-        caused = any(failure.cause != Cause.COMMUNICATION for failure in self._failures)
-        if time.monotonic() - self._failed_at > (GRACE if caused else PATIENCE):
+        cause = min(failure.cause for failure in self._failures)
+        known = cause <= Cause.GONE or (cause == Cause.STUCK and len(self._collectives) == self._world.size)
+        if time.monotonic() - self._failed_at > (GRACE if known else PATIENCE):
+            if cause == Cause.STUCK:
+                position = who_is_behind(self._beats(), self._collectives, self._world.size)
+                self._failures = [replace(each, text=f"{each.text}: {position}") for each in self._failures]
             verdict = judge(self._failures, self._world.size, self._logs)
             self._link.send({"kind": "verdict", "verdict": asdict(verdict)})
             self._end(verdict, tell=True)
@@ -227,6 +234,8 @@ class MemberWatch(SharedWatch):
         match message["kind"]:
             case "verdict":
                 self._end(Verdict(**message["verdict"]), tell=False)
+            case "where":
+                self._link.send({"kind": "collectives", "begun": collectives_begun()})
             case "left":
                 self._leaving.set()
             case "gone":
@@ -240,8 +249,7 @@ class MemberWatch(SharedWatch):
 
     def _decide(self) -> None:
         if self._failure is not None and time.monotonic() - self._reported_at > PATIENCE + 2 * GRACE:
-            text = f"{self._failure.text}; rank 0 does not answer; {self._position()}"
-            self._end_without_chief(Failure(self._failure.rank, self._failure.cause, text, self._failure.code))
+            self._end_without_chief(replace(self._failure, text=f"{self._failure.text}: rank 0 does not answer"))
 
     def _end_without_chief(self, failure: Failure) -> NoReturn:
         self._end(judge([failure], self._world.size, self._logs), tell=self._world.rank == 1)

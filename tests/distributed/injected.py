@@ -1,6 +1,7 @@
 """Faults put into a `slotmamba` process from outside, and as a script `slotmamba` with them, for torchrun to start.
 
-INJECT is ``FAULT:RANK:STEP``, several with commas in between; RANK ``*`` is every rank, STEP ``*`` every step.
+INJECT is ``FAULT:RANK:CALL``, several with commas in between: on that RANK, when the function that the fault is put into
+is called for the CALLth time; ``*`` is every rank or call.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import slotmamba.evaluate.validation
+import slotmamba.engines.fsdp2
 import slotmamba.global_step
+import slotmamba.models.slotmamba
+import slotmamba.train
 from slotmamba.cli import main
 from slotmamba.errors import InputError
 
@@ -52,52 +55,62 @@ FAULTS: dict[str, Callable[[], None]] = {
 }
 
 
+# Where a fault can come, by its prefix: before a step, a validation batch, or the model is built; in a step's loss or
+# gradient.
+PLACES: dict[str, tuple[Any, str]] = {
+    "": (slotmamba.global_step.GlobalStep, "__call__"),
+    "validation": (slotmamba.models.slotmamba.SlotMambaForCausalLM, "losses"),
+    "building": (slotmamba.train, "build_engine"),
+    "loss": (slotmamba.global_step.GlobalStep, "_accumulate"),
+    "gradient": (slotmamba.engines.fsdp2.FSDP2Engine, "gradient_norm"),
+}
+
+
 def inject() -> None:
-    """Wraps what INJECT names: steps, with the faults above or `nan`; validation batches with `validation-FAULT`."""
+    """Does what INJECT says: the faults above, or `loss-nan` and `gradient-nan`."""
     for each in filter(None, os.environ.get("INJECT", "").split(",")):
-        fault, rank, step = each.split(":")
+        fault, rank, call = each.split(":")
         if rank in ("*", os.environ["RANK"]):
-            _wrap(fault, None if step == "*" else int(step))
+            place, _, fault = fault.rpartition("-")
+            _wrap(place, fault, None if call == "*" else int(call))
 
 
-def _wrap(fault: str, step: int | None) -> None:
-    holder: type
-    if fault.startswith("validation-"):
-        holder, name = slotmamba.evaluate.validation.SlotMamba, "losses"
-    else:
-        holder, name = slotmamba.global_step.GlobalStep, "_accumulate" if fault == "nan" else "__call__"
+def _wrap(place: str, fault: str, call: int | None) -> None:
+    holder, name = PLACES[place]
     original = getattr(holder, name)
     calls = 0
 
-    def wrapped(self: Any, *arguments: Any, **named: Any) -> Any:
+    def wrapped(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
-        if name != "losses" or not self.training:
-            calls += 1
-            if step is None or calls == step:
-                if fault == "nan":
-                    return _with_nan(self, original, *arguments, **named)
-                FAULTS[fault.removeprefix("validation-")]()
-        return original(self, *arguments, **named)
+        if place == "validation" and arguments[0].training:
+            return original(*arguments, **named)
+        calls += 1
+        if call not in (None, calls):
+            return original(*arguments, **named)
+        if fault == "nan":
+            return _with_nan(place, original, *arguments, **named)
+        FAULTS[fault]()
+        return original(*arguments, **named)
 
     setattr(holder, name, wrapped)
 
 
-def _with_nan(step: Any, original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    losses = step.engine.losses
+def _with_nan(place: str, original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    if place == "gradient":
+        for parameter in arguments[0].model.parameters():
+            parameter.grad.to_local().fill_(float("nan"))
+        return original(*arguments, **named)
+    engine = arguments[0].engine
 
     def spoilt(**inputs: Any) -> Any:
-        found = losses(**inputs)
-        return (
-            replace(found, nll=found.nll * float("nan"))
-            if hasattr(found, "__dataclass_fields__")
-            else found._replace(nll=found.nll * float("nan"))
-        )
+        found = type(engine).losses(engine, **inputs)
+        return replace(found, nll=found.nll * float("nan"))
 
-    step.engine.losses = spoilt
+    engine.losses = spoilt
     try:
-        return original(step, *arguments, **named)
+        return original(*arguments, **named)
     finally:
-        step.engine.losses = losses
+        del engine.losses
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from slotmamba.metrics import read_metrics
 from tests.train.runs import Command
@@ -59,7 +59,7 @@ class Job:
         deadline = time.monotonic() + seconds
         codes = []
         for rank in ranks if ranks is not None else range(len(self.ranks)):
-            self.until(lambda rank=rank: self.ranks[rank].poll() is not None, deadline - time.monotonic())
+            self.until(partial(_ended, self.ranks[rank]), deadline - time.monotonic())
             codes.append(self.ranks[rank].wait())
         return codes
 
@@ -97,7 +97,7 @@ class Job:
     def end(self) -> None:
         for rank in self.ranks:
             if rank.poll() is None:
-                os.kill(rank.pid, 9)
+                os.kill(rank.pid, signal.SIGKILL)
                 rank.wait()
 
 
@@ -133,7 +133,7 @@ class Launcher:
                 str(output),
                 str(output.with_suffix(".err")),
             )
-            ranks.append(Command(pid, lambda pid=pid: self._request("poll", pid), output))
+            ranks.append(Command(pid, partial(self._request, "poll", pid), output))
         return self._started(Job(ranks, run_dir))
 
     def torchrun(self, run_dir: Path, *overrides: str, inject: str = "", size: int = 2) -> Job:
@@ -143,7 +143,7 @@ class Launcher:
             process = subprocess.Popen(
                 [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
                  HERE / "injected.py", *self.command(run_dir, *overrides)],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "INJECT": inject},
             )  # fmt: skip
         return self._started(Job([Command(process.pid, process.poll, output)], run_dir))
@@ -175,20 +175,11 @@ class Launcher:
         return json.loads(self._server.stdout.readline())
 
 
+def _ended(command: Command) -> bool:
+    return command.poll() is not None
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def launcher_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    launcher = Launcher(tmp_path_factory.mktemp("ranks"))
-    yield launcher
-    launcher.close()
-
-
-@pytest.fixture
-def launcher(launcher_of_module: Launcher) -> Iterator[Launcher]:
-    yield launcher_of_module
-    launcher_of_module.end_jobs()

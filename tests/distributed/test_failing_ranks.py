@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import Launcher, launcher, launcher_of_module  # noqa: F401
+from tests.distributed.ranks import Launcher
 
 pytestmark = [pytest.mark.timeout(200), pytest.mark.slow]
 
@@ -27,7 +27,7 @@ def test_a_bug_on_one_rank(launcher: Launcher, tmp_path: Path) -> None:
     assert "Traceback" in job.log(1) and "in bug" in job.log(1)
     assert "Traceback" not in job.err
     assert "the job ends: rank 1: ZeroDivisionError: a bug" in job.log(0)
-    assert "in agreed" in job.stacks(0) or "all_reduce" in job.stacks(0)
+    assert "all_reduce" in job.stacks(0)
 
 
 def test_bad_input_on_one_rank(launcher: Launcher, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_rank_that_hangs(launcher: Launcher, tmp_path: Path) -> None:
     job = launcher.start(tmp_path, *TIMEOUTS, inject="hang:1:3")
     assert job.wait() == [1, 1]
     (error,) = job.errors()
-    assert re.match(r"no step for 10 s: .*step 2, training", error)
+    assert re.match(r"no step for 10 s: rank 1 is behind: step 2, training \(process \d+ on \S+\); stacks", error)
     assert "in hang" in job.stacks(1)
     assert "in hang" not in job.stacks(0)
 
@@ -76,7 +76,7 @@ def test_a_rank_that_is_stopped(launcher: Launcher, tmp_path: Path) -> None:
     os.kill(job.ranks[1].pid, signal.SIGSTOP)
     assert job.wait([0]) == [1]
     (error,) = job.errors()
-    assert error.startswith("no step for 10 s: ")
+    assert error.startswith("no step for 10 s: rank 1 does not answer (stopped?): step ")
     os.kill(job.ranks[1].pid, signal.SIGCONT)
     assert job.wait() == [1, 1]
 
