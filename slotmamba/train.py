@@ -22,6 +22,7 @@ from slotmamba.engines import build_engine, check_layout
 from slotmamba.environment import describe_environment
 from slotmamba.errors import InputError, TrainingError
 from slotmamba.evaluate.validation import Validation
+from slotmamba.faults import Limits, Watch, keep_flight_record, rank_log, watched
 from slotmamba.files import write_json
 from slotmamba.global_step import GlobalStep, StepResult
 from slotmamba.metrics import MetricsLog
@@ -40,7 +41,9 @@ logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, stop: StopFlag | None = None) -> int:
-    """Trains a recipe to its last step, or until SIGINT or SIGTERM asks it to save and stop. Returns the exit code 0.
+    """Trains a recipe to its last step, or until `stop` asks it to save and end. Returns the exit code 0.
+
+    Among several processes an exception in one ends all of them (`slotmamba.faults`) and is not raised.
 
     Args:
         recipe: what to train.
@@ -55,24 +58,30 @@ def train(recipe: Recipe, stop: StopFlag | None = None) -> int:
     if stop is None:
         with StopFlag() as stop:
             return train(recipe, stop)
-    with joined(recipe.train.device) as world:
+    logs, limits = recipe.run_path / "logs", Limits.of(recipe.parallel)
+    keep_flight_record(logs)
+    with joined(recipe.train.device, limits.first_collective) as world, watched(world) as watch:
         check_layout(recipe, world.size)
         missing = missing_data(recipe)
         if missing:
             raise InputError("\n".join(missing))
         if world.device.type == "cpu":
             keep_freed_memory()
-        with _locked(recipe.run_path, world), closing(Trainer(recipe, world)) as trainer:
-            trainer.run(stop)
+        with _locked(recipe.run_path, world), rank_log(logs, world):
+            watch.begin(logs, limits)
+            with closing(Trainer(recipe, world, watch)) as trainer:
+                trainer.run(stop)
     return 0
 
 
 class Trainer:
     """Everything that a run holds, restored from its newest checkpoint when there is one."""
 
-    def __init__(self, recipe: Recipe, world: World) -> None:
+    def __init__(self, recipe: Recipe, world: World, watch: Watch) -> None:
         self.recipe = recipe
         self.world = world
+        self.watch = watch
+        watch.beat(0, "building the model")
         self.run_dir = recipe.run_path
         self.engine = build_engine(recipe, world)
         self.train_step = GlobalStep(recipe, self.engine)
@@ -120,7 +129,7 @@ class Trainer:
                 progress.message(f"the recipe has changed since the run was last started: {'; '.join(changes)}")
                 self._write({"kind": "recipe", "step": self.step, "changes": changes})
             self._loop(total, stop, progress)
-            self._save()
+            self._save(stop)
             if self.step < total or self.validation_due:
                 progress.message(
                     f"{stop.requested}: saved at step {self.step} of {total}; the same command resumes: {self.run_dir}"
@@ -171,10 +180,17 @@ class Trainer:
         if self.validation_due:
             self._validate(stop, progress)
         clock, logged_step = time.monotonic(), self.step
-        while self.step < total and not self.world.any(bool(stop)):
+        first = True
+        while self.step < total and not self._asked_to_stop(stop, "training"):
+            began = time.monotonic()
             lr = learning_rate(self.recipe.optim, self.step, total)
             result = self.train_step(self.reader, lr)
             self.step += 1
+            if first:  # it compiles and fills caches, as no later one does
+                self.watch.first_step_done()
+                first = False
+            else:
+                stop.took("step", time.monotonic() - began)
             self.labelled_tokens += result.labelled_tokens
             self._check_skips(result)
             last = self.step == total
@@ -187,8 +203,15 @@ class Trainer:
                 self._validate(stop, progress)
                 clock, logged_step = time.monotonic(), self.step
             if self.step % settings.checkpoint.every == 0 and not last:
-                self._save()
+                self._save(stop)
                 clock, logged_step = time.monotonic(), self.step
+
+    def _asked_to_stop(self, stop: StopFlag, phase: str) -> bool:
+        """Whether all processes stop here, where they wait for one another before they go on in `phase`."""
+        self.watch.beat(self.step, phase, waiting=True)
+        asked = stop.agreed(self.world)
+        self.watch.beat(self.step, phase)
+        return asked
 
     def _check_skips(self, result: StepResult) -> None:
         """Stops at a loss or gradient that is not finite, or counts it, as the recipe says."""
@@ -221,7 +244,11 @@ class Trainer:
 
     def _validate(self, stop: StopFlag, progress: Progress) -> None:
         records = self.validation.run(
-            self.engine.model, self.world.device, self._autocast, lambda: self.world.any(bool(stop)), world=self.world
+            self.engine.model,
+            self.world.device,
+            self._autocast,
+            lambda: self._asked_to_stop(stop, "validation"),
+            world=self.world,
         )
         self.validation_due = records is None
         for record in records or []:
@@ -236,10 +263,12 @@ class Trainer:
             self.metrics.write(record)
             self.tracker.log(record)
 
-    def _save(self) -> None:
+    def _save(self, stop: StopFlag) -> None:
         """Saves unless the checkpoint of this very state is there already."""
         if self.saved == (self.step, self.validation_due):
             return
+        began = time.monotonic()
+        self.watch.beat(self.step, "saving")
         if self.world.is_main:
             self.metrics.sync()
         progress = {
@@ -251,6 +280,7 @@ class Trainer:
         }
         self.store.save(self.step, self.engine.model, self.engine.optimizer, progress)
         self.saved = self.step, self.validation_due
+        stop.took("save", time.monotonic() - began)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return compute_precision(self.world.device, self.recipe.train.precision)

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from slotmamba.config.duration import Duration
 from slotmamba_data import mqar_spec
 
 # A name becomes part of file names and metric names.
@@ -268,6 +269,9 @@ class TrainConfig(Section):
         "stop", description="A loss or gradient that is not finite: stop, or skip the step."
     )
     max_skips: int = Field(10, ge=1, description="Skipped steps in a row after which `skip` stops too.")
+    time_limit: Duration | None = Field(
+        None, description="Wall time from the start of the command by which the run is to have saved and stopped."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -297,6 +301,13 @@ class ParallelConfig(Section):
     )
     cpu_offload: bool = Field(
         False, description="fsdp2: keep parameters, gradients and optimizer states in CPU memory; deepspeed: the last."
+    )
+
+    first_step_timeout: Duration = Field(
+        "1h", description="Longest wait for the first step, which compiles and fills caches, before the job is ended."
+    )
+    step_timeout: Duration = Field(
+        "10m", description="The same for every step, validation batch and save after it: processes hang, or one does."
     )
 
     @property

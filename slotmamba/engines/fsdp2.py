@@ -81,9 +81,7 @@ def _mesh(parallel: ParallelConfig, device: torch.device) -> DeviceMesh:
     """Groups of `shard` neighbouring processes hold the model together; with several groups this is HSDP."""
     if parallel.replicate == 1:
         return init_device_mesh(device.type, (parallel.shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(
-        device.type, (parallel.replicate, parallel.shard), mesh_dim_names=("replicate", "shard")
-    )
+    return init_device_mesh(device.type, (parallel.replicate, parallel.shard), mesh_dim_names=("replicate", "shard"))
 
 
 def _blocks(model: SlotMamba) -> list[nn.Module]:
