@@ -1,4 +1,4 @@
-"""What a checkpoint holds of an engine: tensors by name, which every layout of processes can read, or ZeRO's own files."""
+"""What a checkpoint holds of an engine: tensors by name, for any layout of processes to read, or ZeRO's own files."""
 
 from __future__ import annotations
 
@@ -50,6 +50,14 @@ class Snapshot(ABC):
             SlotMambaError: what is on disk is not what was in memory.
         """
 
+    @abstractmethod
+    def staged(self, buffers: dict[str, Tensor]) -> Snapshot:
+        """A copy on the CPU, which the run's next steps do not change.
+
+        Args:
+            buffers: where it is kept; what is there from a copy before, and fits, is written over.
+        """
+
 
 class Contents(ABC):
     """Model and optimizer of a run, as its engine holds them."""
@@ -86,10 +94,7 @@ class TensorSnapshot(Snapshot):
         return Written(written, all(finite))
 
     def staged(self, buffers: dict[str, Tensor]) -> TensorSnapshot:
-        """A copy on the CPU, in ``buffers``: those that are missing, or of another shape, are put there first.
-
-        On a GPU they are in pinned memory, and all copies run at once.
-        """
+        # On a GPU the buffers are in pinned memory, and all copies run at once.
         copies = {}
         for name, tensor in self.tensors.items():
             if name not in buffers or local(buffers[name]).shape != local(tensor).shape:
@@ -129,9 +134,7 @@ class TensorContents(Contents):
         state.restore_optimizer(self.model, self.optimizer, moments)
 
 
-def check_digests(
-    folder: Path, tensors: Mapping[str, Tensor], written: Mapping[str, str], group: Group
-) -> None:
+def check_digests(folder: Path, tensors: Mapping[str, Tensor], written: Mapping[str, str], group: Group) -> None:
     """Compare the digests of tensors that were read with those of the manifest. Collective.
 
     Raises:

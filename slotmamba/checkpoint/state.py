@@ -40,7 +40,9 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state of every parameter that has one; it shares memory with the optimizer's own."""
     states = {name: optimizer.state[each] for name, each in model.named_parameters() if each in optimizer.state}
-    assert len(states) == len(optimizer.state), "the optimizer holds the model's own parameters, and the model shows them"
+    assert len(states) == len(optimizer.state), (
+        "the optimizer holds the model's own parameters, and the model shows them"
+    )
     return {f"{_OPTIMIZER}{name}.{key}": value for name, each in states.items() for key, value in each.items()}
 
 
@@ -55,7 +57,9 @@ def empty_optimizer_tensors(model: nn.Module, stored: Mapping[str, Tensor]) -> d
         if name.startswith(_OPTIMIZER):
             parameter = parameters[_split(name)[0]].detach()
             alike = tensor.ndim > 0 and tensor.shape == parameter.shape
-            empty[name] = torch.empty_like(parameter if alike else tensor, dtype=tensor.dtype, device=None if alike else "cpu")
+            empty[name] = torch.empty_like(
+                parameter if alike else tensor, dtype=tensor.dtype, device=None if alike else "cpu"
+            )
     return empty
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from slotmamba.checkpoint.contents import Contents, Snapshot, TensorContents, Written
+from slotmamba.checkpoint.contents import Contents, Snapshot, Written
 from slotmamba.checkpoint.folder import CheckpointFolder
 from slotmamba.checkpoint.group import Group
 from slotmamba.checkpoint.manifest import (
@@ -107,7 +107,7 @@ class CheckpointStore:
         draft = _Draft(step, contents.engine, contents.zero_stage, contents.snapshot(), progress)
         return self._explained(step, lambda: self._commit(self._write(draft), step))
 
-    def start_saving(self, step: int, contents: TensorContents, progress: dict[str, Any]) -> None:
+    def start_saving(self, step: int, contents: Contents, progress: dict[str, Any]) -> None:
         """`save` in the background: returns when the tensors are copied to the CPU, while a thread writes them.
 
         The checkpoint counts after the first `poll` that finds it written, or `wait`; one that is still being written
@@ -212,9 +212,7 @@ class CheckpointStore:
         records = self.group.together(lambda: {name: FileRecord.of(temporary / name) for name in share})
         return {name: records[number % self.group.size][name] for number, name in enumerate(names)}
 
-    def _write_manifest(
-        self, temporary: Path, draft: _Draft, written: Written, files: dict[str, FileRecord]
-    ) -> None:
+    def _write_manifest(self, temporary: Path, draft: _Draft, written: Written, files: dict[str, FileRecord]) -> None:
         manifest = Manifest(
             format=FORMAT,
             step=draft.step,
@@ -255,7 +253,8 @@ class CheckpointStore:
         try:
             final = save()
         except OSError as error:
-            raise self.group.on_main(lambda error=error: self.folder.save_error(step, error)) from error
+            failure = error
+            raise self.group.on_main(lambda: self.folder.save_error(step, failure)) from error
         self.group.on_main(lambda: self.folder.prune(step))
         return final
 

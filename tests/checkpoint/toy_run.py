@@ -38,12 +38,17 @@ class Toy(nn.Module):
 class ToyRun:
     """A model, its optimizer and their store; `advance` makes one step."""
 
+    fused = True
+
     def __init__(self, run_dir: Path, keep: int = 2, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.model = Toy()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, fused=True)
-        self.store = CheckpointStore(run_dir, keep, CONFIG)
+        self.store = self.prepare(run_dir, keep)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, fused=self.fused)
         self.step = 0
+
+    def prepare(self, run_dir: Path, keep: int) -> CheckpointStore:
+        return CheckpointStore(run_dir, keep, CONFIG)
 
     @property
     def contents(self) -> TensorContents:
