@@ -74,7 +74,7 @@ def _rank(
         "MASTER_PORT": str(port),
     }
     try:
-        with joined("cpu") as world:
+        with joined("cpu", 120.0) as world:
             sender.send((None, function(world, *arguments)))
             world.barrier()
     except BaseException:
