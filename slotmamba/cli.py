@@ -48,7 +48,12 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = Parser(prog="slotmamba", description="Train and use SlotMamba language models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_recipe_command(commands, "train", _train, "train a model; the same command again resumes the run")
+    train = _add_recipe_command(commands, "train", _train, "train a model; the same command again resumes the run")
+    train.add_argument(
+        "--seed-checkpoint",
+        action="store_true",
+        help="only write the initial weights as checkpoint 0, which any engine and number of processes starts from",
+    )
     validate = _add_recipe_command(
         commands,
         "validate",
@@ -121,6 +126,11 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
 
 def _train(args: argparse.Namespace) -> int:
     recipe = _load_recipe(args)  # before the slow import: a wrong key should show at once
+    if args.seed_checkpoint:
+        from slotmamba.seed_checkpoint import write_seed_checkpoint
+
+        print(f"{recipe.name}: initial weights: {write_seed_checkpoint(recipe)}")
+        return DONE
     from slotmamba.config.duration import seconds
     from slotmamba.signals import StopFlag
 

@@ -110,6 +110,9 @@ class Trainer:
         if found is None:
             return
         self.step, progress = found
+        self.saved = self.step, False
+        if not progress:  # a seed checkpoint
+            return
         self.reader = PlanReader.from_state(self.plan, progress["data"])
         self.labelled_tokens = progress["labelled_tokens"]
         self.skips_in_a_row = progress["skips_in_a_row"]
