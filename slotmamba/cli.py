@@ -48,7 +48,12 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = Parser(prog="slotmamba", description="Train and use SlotMamba language models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_recipe_command(commands, "train", _train, "train a model; the same command again resumes the run")
+    train = _add_recipe_command(commands, "train", _train, "train a model; the same command again resumes the run")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build and shard the model for all processes on this one, and run nothing",
+    )
     validate = _add_recipe_command(
         commands,
         "validate",
@@ -121,6 +126,11 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
 
 def _train(args: argparse.Namespace) -> int:
     recipe = _load_recipe(args)  # before the slow import: a wrong key should show at once
+    if args.dry_run:
+        from slotmamba.dry_run import dry_run
+
+        print(dry_run(recipe))
+        return DONE
     from slotmamba.config.duration import seconds
     from slotmamba.signals import StopFlag
 
