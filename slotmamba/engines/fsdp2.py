@@ -1,4 +1,4 @@
-"""FSDP2 and HSDP: every block's parameters, gradients and optimizer states are shards, gathered while the block runs."""
+"""FSDP2 and HSDP: parameters, gradients and optimizer states are shards; a block's are gathered while it runs."""
 
 from __future__ import annotations
 
