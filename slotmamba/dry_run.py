@@ -20,6 +20,7 @@ from slotmamba.models import SlotMamba, build_model
 from slotmamba.optim import build_optimizer, decayed_parameters
 from slotmamba.readiness import missing_data
 from slotmamba.tables import table
+from slotmamba.world import World
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,11 @@ def _fsdp2_part(recipe: Recipe, model: SlotMamba, rank: int) -> Part:
 def _zero_part(recipe: Recipe, model: SlotMamba) -> Part:
     """ZeRO cannot be built without memory: its configuration is checked, and its shares are counted. Stage 3 cuts every
     parameter, the others each of AdamW's groups laid end to end, with shares of an even length."""
-    from slotmamba.engines.deepspeed import check_config
+    from slotmamba.engines.deepspeed import import_quietly, zero_config
 
+    deepspeed = import_quietly(World.alone(torch.device("cpu")))
+    deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**zero_config(recipe)["zero_optimization"])
     parallel = recipe.parallel
-    with _fake_processes(0, parallel.size):
-        check_config(recipe)
     sizes = [parameter.numel() for parameter in model.parameters()]
     whole = sum(sizes)
     if parallel.zero_stage == 3:
@@ -162,7 +163,7 @@ def _memory(part: Part, found: Estimate) -> str:
         offloaded = sum(built for _, built, there in rows if not there)
         lines.append(("offloaded to CPU memory", readable(offloaded), readable(memory.host)))
     only = {
-        "gathered while layers run": memory.gathered,
+        "gathered while layers run, and buffers": memory.gathered,
         "weights in bfloat16 (autocast)": memory.autocast,
         "activations of a micro-batch": sum(memory.activations.values()),
         "slot states at segment ends": memory.boundary_states,

@@ -22,7 +22,7 @@ class Estimate:
 
     row: shape of a training row; parameters: by part; forward: operations per decoder token by part, where the slot
     memory is in parts again; memory: bytes of one process; communication: bytes that it sends in a step, by
-    collective; processes: of the world; tokens_per_step, steps: of the run.
+    collective; engine, processes: of the recipe's section parallel; tokens_per_step, steps: of the run.
     """
 
     row: RowShape
@@ -30,6 +30,7 @@ class Estimate:
     forward: dict[str, Flops]
     memory: Memory
     communication: dict[str, float]
+    engine: str
     processes: int
     tokens_per_step: int
     steps: int
@@ -64,6 +65,7 @@ def estimate(recipe: Recipe) -> Estimate:
         forward=forward_flops(recipe.model, row),
         memory=memory(recipe, sum(parameters.values()), share),
         communication=share.communication,
+        engine=recipe.parallel.engine,
         processes=recipe.parallel.size,
         tokens_per_step=recipe.train.global_batch_tokens,
         steps=recipe.train.total_steps,

@@ -9,10 +9,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from slotmamba.config.schema import ParallelConfig, Recipe
+from slotmamba.config.schema import Recipe
+from slotmamba.engines.deepspeed import zero_config
 
 FLOAT = 4
 MOMENTS = 2  # AdamW's
+
+ZERO_DEFAULTS = {"reduce_bucket_size": 500_000_000, "stage3_max_live_parameters": 1_000_000_000}  # DeepSpeed's
 
 Shape = tuple[int, ...]
 
@@ -22,7 +25,7 @@ class Shares:
     """Bytes of one process.
 
     parameters, gradients, optimizer: its part, kept all the time, on the device; gathered: whole parameters and
-    gradients beside it while their layers run; host: what offloading keeps in CPU memory instead; communication: what
+    gradients beside it while their layers run, and buffers for them; host: what offloading keeps in CPU memory instead; communication: what
     the process sends in a step, by collective.
     """
 
@@ -43,7 +46,7 @@ def shares(recipe: Recipe, units: Mapping[str, list[Shape]]) -> Shares:
         case "fsdp2":
             return _fsdp2(recipe, units)
         case "deepspeed":
-            return _zero(recipe.parallel, units, micro_batches(recipe))
+            return _zero(recipe, units)
 
 
 def micro_batches(recipe: Recipe) -> int:
@@ -99,24 +102,29 @@ def _padded(shapes: Iterable[Shape], shards: int) -> int:
     return sum(shards * math.ceil(shape[0] / shards) * math.prod(shape[1:]) for shape in shapes)
 
 
-def _zero(parallel: ParallelConfig, units: Mapping[str, list[Shape]], accumulation: int) -> Shares:
-    """ZeRO keeps a copy of its share of the weights beside the moments. Stage 1 reduces gradients once a step, stages 2
-    and 3 after every micro-batch, into the share. Stage 3 gathers as FSDP does."""
-    stage, shards = parallel.zero_stage, parallel.shard
-    sizes = {name: FLOAT * _numel(shapes) for name, shapes in units.items()}
-    whole, largest = sum(sizes.values()), max(sizes.values())
-    share = -(-whole // shards)
+def _zero(recipe: Recipe, units: Mapping[str, list[Shape]]) -> Shares:
+    """ZeRO keeps a copy of its share of the weights beside the moments, and buffers in which gradients are reduced,
+    once a step in stage 1, after every micro-batch in stages 2 and 3. Stage 3 keeps what it has gathered, up to a
+    number of parameters, while it is to be used again soon; where that is all of them it gathers less often than this
+    says.
+    """
+    parallel, accumulation = recipe.parallel, micro_batches(recipe)
+    stage, ring = parallel.zero_stage, _ring(parallel.shard)
+    settings = ZERO_DEFAULTS | zero_config(recipe)["zero_optimization"]
+    numbers = sum(_numel(shapes) for shapes in units.values())
+    whole, share = FLOAT * numbers, FLOAT * math.ceil(numbers / parallel.shard)
+    live = FLOAT * min(numbers, settings["stage3_max_live_parameters"]) if stage == 3 else 0
     states = (MOMENTS + 1) * share
-    ring = _ring(shards)
-    sent = {
-        "all-gather of parameters": ring * whole * (2 * accumulation if stage == 3 else 1),
-        "reduce-scatter of gradients": ring * whole * (accumulation if stage > 1 else 1),
-    }
     return Shares(
         parameters=share if stage == 3 else whole,
         gradients=whole if stage == 1 else share,
         optimizer=0 if parallel.cpu_offload else states,
-        gathered=(3 * largest if stage == 3 else 0) + (2 * largest if stage > 1 else 0),
+        gathered=live + FLOAT * settings["reduce_bucket_size"] * (1 if stage == 3 else 2),
         host=states if parallel.cpu_offload else 0,
-        communication=_named(sent),
+        communication=_named(
+            {
+                "all-gather of parameters": ring * whole * (2 * accumulation if stage == 3 else 1),
+                "reduce-scatter of gradients": ring * whole * (accumulation if stage > 1 else 1),
+            }
+        ),
     )

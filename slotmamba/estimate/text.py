@@ -60,12 +60,13 @@ def _share(part: float, whole: float) -> str:
 
 def _memory(found: Estimate, micro_batch: int) -> str:
     memory = found.memory
+    copy = " and ZeRO's copy of the weights" if found.engine == "deepspeed" else ""
     activations = f"activations of a micro-batch ({micro_batch} rows)"
     rows = [
         ("parameters (float32)", memory.parameters),
         ("gradients (float32)", memory.gradients),
-        ("optimizer state (AdamW, two float32 moments)", memory.optimizer),
-        *([("gathered from other processes while layers run", memory.gathered)] if memory.gathered else []),
+        (f"optimizer state (AdamW, two float32 moments{copy})", memory.optimizer),
+        *([("gathered while layers run, and buffers", memory.gathered)] if memory.gathered else []),
         ("weights in bfloat16 (autocast)", memory.autocast),
         (activations, sum(memory.activations.values())),
         *(("  " + part, number) for part, number in memory.activations.items()),
@@ -76,8 +77,8 @@ def _memory(found: Estimate, micro_batch: int) -> str:
     ]
     if memory.decoding_per_token:
         rows.append(("  and for every token (attention's cache)", memory.decoding_per_token))
-    processes = f" of {found.processes}" if found.processes > 1 else ""
-    return _bytes_table(f"memory of a process{processes}", rows)
+    where = f"memory of a process, one of {found.processes} ({found.engine})"
+    return _bytes_table("memory of a process" if found.engine == "single" else where, rows)
 
 
 def communication_tables(found: Estimate) -> list[str]:
