@@ -25,8 +25,8 @@ class Shares:
     """Bytes of one process.
 
     parameters, gradients, optimizer: its part, kept all the time, on the device; gathered: whole parameters and
-    gradients beside it while their layers run, and buffers for them; host: what offloading keeps in CPU memory instead; communication: what
-    the process sends in a step, by collective.
+    gradients beside it while their layers run, and buffers for them; host: what offloading keeps in CPU memory instead;
+    communication: what the process sends in a step, by collective.
     """
 
     parameters: int
