@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import fields
 from functools import partial
@@ -206,6 +207,8 @@ def import_quietly(world: World) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls torch's collectives by names that newer versions of torch warn of.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # On a CPU it would compile a shared-memory backend with g++ at every first start, half a minute, or fail without.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     return deepspeed
