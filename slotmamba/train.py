@@ -14,7 +14,7 @@ from rich.console import Console
 
 from slotmamba.allocator import keep_freed_memory
 from slotmamba.batch import check_data, plan_source
-from slotmamba.checkpoint import CheckpointStore
+from slotmamba.checkpoint import CheckpointStore, Group
 from slotmamba.config import load_recipe, save_recipe
 from slotmamba.config.schema import Recipe
 from slotmamba.device import compute_precision
@@ -88,7 +88,12 @@ class Trainer:
         self.plan = open_plan([plan_source(source) for source in recipe.data.sources], recipe.data.seq_len, recipe.seed)
         self.validation = Validation(recipe)
         check_data(recipe, [self.plan, *self.validation.plans])
-        self.store = CheckpointStore(self.run_dir, recipe.train.checkpoint.keep, recipe.model.model_dump(mode="json"))
+        self.store = CheckpointStore(
+            self.run_dir,
+            recipe.train.checkpoint.keep,
+            recipe.model.model_dump(mode="json"),
+            Group(world.rank, world.size),
+        )
         self.step = 0
         self.reader = PlanReader(self.plan)
         self.labelled_tokens = 0
@@ -101,7 +106,7 @@ class Trainer:
     def _resume(self) -> None:
         """Goes on from the newest checkpoint, if there is one."""
         self.store.clean()
-        found = self.store.load_latest(self.engine.model, self.engine.optimizer)
+        found = self.store.load_latest(self.engine.contents())
         if found is None:
             return
         self.step, progress = found
@@ -129,7 +134,7 @@ class Trainer:
                 progress.message(f"the recipe has changed since the run was last started: {'; '.join(changes)}")
                 self._write({"kind": "recipe", "step": self.step, "changes": changes})
             self._loop(total, stop, progress)
-            self._save(stop)
+            self._save(stop, ending=True)
             if self.step < total or self.validation_due:
                 progress.message(
                     f"{stop.requested}: saved at step {self.step} of {total}; the same command resumes: {self.run_dir}"
@@ -140,6 +145,7 @@ class Trainer:
                 progress.message(f"  {plot}")
 
     def close(self) -> None:
+        self.store.abandon()
         self.plan.close()
         self.validation.close()
 
@@ -180,6 +186,8 @@ class Trainer:
         clock, logged_step = time.monotonic(), self.step
         first = True
         while self.step < total and not self._asked_to_stop(stop, "training"):
+            with self._saving():
+                self.store.poll(lambda written: not self.world.any(not written))
             began = time.monotonic()
             lr = learning_rate(self.recipe.optim, self.step, total)
             result = self.train_step(self.reader, lr)
@@ -261,12 +269,14 @@ class Trainer:
             self.metrics.write(record)
             self.tracker.log(record)
 
-    def _save(self, stop: StopFlag) -> None:
-        """Saves unless the checkpoint of this very state is there already."""
-        if self.saved == (self.step, self.validation_due):
-            return
+    def _save(self, stop: StopFlag, ending: bool = False) -> None:
+        """Saves unless the checkpoint of this very state is there already; at the end of the run one has to be."""
         began = time.monotonic()
         self.watch.beat(self.step, "saving")
+        with self._saving():
+            self.store.wait()
+        if self.saved == (self.step, self.validation_due):
+            return
         if self.world.is_main:
             self.metrics.sync()
         progress = {
@@ -276,9 +286,25 @@ class Trainer:
             "validation_due": self.validation_due,
             "tracker": self.tracker.state() if self.world.is_main else None,
         }
-        self.store.save(self.step, self.engine.model, self.engine.optimizer, progress)
-        self.saved = self.step, self.validation_due
+        with self._saving(ending):
+            self.saved = self.step, self.validation_due
+            if self.recipe.train.checkpoint.in_background and not ending:
+                self.store.start_saving(self.step, self.engine.contents(), progress)
+            else:
+                self.store.save(self.step, self.engine.contents(), progress)
         stop.took("save", time.monotonic() - began)
+
+    @contextmanager
+    def _saving(self, needed: bool = False) -> Iterator[None]:
+        """What the recipe says to do when a checkpoint cannot be written; `needed`: the run must not end without it."""
+        try:
+            yield
+        except OSError as error:
+            self.saved = None
+            if needed or self.recipe.train.checkpoint.on_error == "stop":
+                raise
+            if self.world.is_main:
+                logger.warning("%s; training goes on (train.checkpoint.on_error=continue)", error)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return compute_precision(self.world.device, self.recipe.train.precision)

@@ -250,8 +250,19 @@ class OptimConfig(Section):
 
 
 class CheckpointConfig(Section):
+    # `async` is a word of Python's.
+    model_config = ConfigDict(serialize_by_alias=True)
+
     every: int = Field(500, ge=1, description="Steps between checkpoints.")
     keep: int = Field(2, ge=1, description="Committed checkpoints to keep.")
+    in_background: bool = Field(
+        False,
+        alias="async",
+        description="Train on while a thread writes a copy of the state in CPU memory; not with deepspeed.",
+    )
+    on_error: Literal["stop", "continue"] = Field(
+        "stop", description="A checkpoint that cannot be written (disk full): stop, or warn and try again at the next."
+    )
 
 
 class TrainConfig(Section):
@@ -366,6 +377,8 @@ class Recipe(Section):
                 f"a global batch has {rows} rows (train.global_batch_tokens / data.seq_len), "
                 f"not a multiple of train.micro_batch={micro_batch}{on_each}"
             )
+        if self.train.checkpoint.in_background and self.parallel.engine == "deepspeed":
+            raise ValueError("train.checkpoint.async needs parallel.engine single or fsdp2: DeepSpeed saves in place")
         if self.optim.warmup > self.train.total_steps:
             raise ValueError(
                 f"optim.warmup={self.optim.warmup} is more than the {self.train.total_steps} steps of the run"

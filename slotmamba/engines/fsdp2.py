@@ -32,6 +32,8 @@ class FSDP2Engine(SingleEngine):
     Gradients are summed, not averaged: the loss of each process is divided by the count of the whole global batch.
     """
 
+    engine = "fsdp2"
+
     def _prepare(self, recipe: Recipe, world: World) -> tuple[SlotMamba, set[str]]:
         ensure_process_group(world)
         with torch.device("meta"):
