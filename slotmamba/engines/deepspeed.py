@@ -64,7 +64,7 @@ class DeepSpeedEngine(Engine):
     """DeepSpeed's, which wraps torch's AdamW."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
-        deepspeed = _import_quietly(world)
+        deepspeed = import_quietly(world)
         ensure_process_group(world)
         deepspeed.init_distributed(verbose=False)  # takes the process group that is there
         torch.manual_seed(recipe.seed)
@@ -206,7 +206,7 @@ def _sharded(recipe: Recipe, config: dict[str, Any], weights: InitialWeights) ->
     return model
 
 
-def _import_quietly(world: World) -> Any:
+def import_quietly(world: World) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # else it looks for one, and warns that it found none
     import deepspeed
 
