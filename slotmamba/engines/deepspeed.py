@@ -126,6 +126,10 @@ class DeepSpeedEngine(Engine):
         states = self.optimizer.optimizer.state
         steps = {int(state["step"]) for state in states.values() if "step" in state}
         assert len(steps) <= 1
+        if self._stage < 3:
+            # DeepSpeed does this once, when only the first of the parameter groups has states.
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
         gathered = {}
         for name, parameter in self.model.named_parameters():
             made: dict[str, Callable[[], Tensor]] = {f"model.{name}": partial(safe_get_full_fp32_param, parameter)}

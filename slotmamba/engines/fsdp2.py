@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,8 @@ def shard_model(model: SlotMamba, parallel: ParallelConfig, device: torch.device
             # gloo cannot scale while it sums, and NCCL need not.
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "losses")
+    # A layer's slot memories are views. Nothing changes them in place, which is what torch warns of.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     return sharded
 
 
