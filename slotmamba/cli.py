@@ -54,6 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only write the initial weights as checkpoint 0, which any engine and number of processes starts from",
     )
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build and shard the model for all processes on this one, and run nothing",
+    )
     validate = _add_recipe_command(
         commands,
         "validate",
@@ -130,6 +135,11 @@ def _train(args: argparse.Namespace) -> int:
         from slotmamba.seed_checkpoint import write_seed_checkpoint
 
         print(f"{recipe.name}: initial weights: {write_seed_checkpoint(recipe)}")
+        return DONE
+    if args.dry_run:
+        from slotmamba.dry_run import dry_run
+
+        print(dry_run(recipe))
         return DONE
     from slotmamba.config.duration import seconds
     from slotmamba.signals import StopFlag

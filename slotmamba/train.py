@@ -60,7 +60,7 @@ def train(recipe: Recipe, stop: StopFlag | None = None) -> int:
             return train(recipe, stop)
     logs, limits = recipe.run_path / "logs", Limits.of(recipe.parallel)
     keep_flight_record(logs)
-    with joined(recipe.train.device, limits.first_collective) as world, watched(world) as watch:
+    with joined(recipe.train.device) as world, watched(world) as watch:
         check_layout(recipe, world.size)
         missing = missing_data(recipe)
         if missing:
@@ -84,6 +84,7 @@ class Trainer:
         watch.beat(0, "building the model")
         self.run_dir = recipe.run_path
         self.engine = build_engine(recipe, world)
+        watch.engine_built()
         self.train_step = GlobalStep(recipe, self.engine)
         self.plan = open_plan([plan_source(source) for source in recipe.data.sources], recipe.data.seq_len, recipe.seed)
         self.validation = Validation(recipe)

@@ -65,7 +65,7 @@ class DeepSpeedEngine(Engine):
     """DeepSpeed's, which wraps torch's AdamW."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
-        deepspeed = _import_quietly(world)
+        deepspeed = import_quietly(world)
         ensure_process_group(world)
         deepspeed.init_distributed(verbose=False)  # takes the process group that is there
         torch.manual_seed(recipe.seed)
@@ -130,9 +130,8 @@ class DeepSpeedEngine(Engine):
         states = self.optimizer.optimizer.state
         steps = {int(state["step"]) for state in states.values() if "step" in state}
         assert len(steps) <= 1
-        if self._stage < 3 and steps:
-            # DeepSpeed links them to the parameters after the first step of the first group of parameters, when those
-            # of the others are not there yet, and not again when it has loaded others.
+        if self._stage < 3:
+            # DeepSpeed does this once, when only the first of the parameter groups has states.
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
         gathered = {}
@@ -211,7 +210,7 @@ def _sharded(recipe: Recipe, config: dict[str, Any], weights: InitialWeights) ->
     return model
 
 
-def _import_quietly(world: World) -> Any:
+def import_quietly(world: World) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # else it looks for one, and warns that it found none
     import deepspeed
 

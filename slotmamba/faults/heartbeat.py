@@ -38,7 +38,7 @@ class Heartbeat:
     """Writes a rank's beats, some 100 microseconds each on a local disk.
 
     They are not synced: they say where a process was, which after a power cut is of no interest. That one cannot be
-    written is a warning, once.
+    written is logged once; on a full disk it is for what matters, the metrics and checkpoints, to fail.
     """
 
     def __init__(self, logs: Path, rank: int) -> None:
@@ -54,7 +54,7 @@ class Heartbeat:
             self._temporary.replace(self._path)
         except OSError as error:
             if not self._failed:
-                logger.warning("heart-beats are not written: %s: %s", error.filename or self._path, error.strerror)
+                logger.info("heart-beats are not written: %s: %s", error.filename or self._path, error.strerror)
             self._failed = True
 
 

@@ -23,6 +23,7 @@ class Recorder:
         self._flight = logs / f"flight-recorder-{rank}"
         self._flight.unlink(missing_ok=True)
         self._stacks: IO[str] = (logs / f"stacks-{rank:05d}.txt").open("w")
+        self._was_enabled = faulthandler.is_enabled()
         faulthandler.enable(self._stacks)
 
     def end_after(self, seconds: float) -> None:
@@ -43,7 +44,9 @@ class Recorder:
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
-        faulthandler.enable(sys.__stderr__ or 2)
+        faulthandler.disable()
+        if self._was_enabled:
+            faulthandler.enable(sys.__stderr__ or 2)
         self._stacks.close()
 
 

@@ -43,11 +43,6 @@ class Limits:
     def of(cls, parallel: ParallelConfig) -> Limits:
         return cls(seconds(parallel.first_step_timeout), seconds(parallel.step_timeout))
 
-    @property
-    def first_collective(self) -> float:
-        """Timeout of collectives up to the first step: later than the watch, which knows more about the cause."""
-        return self.first_step + LAST_RESORT
-
 
 class Watch:
     """What a process tells of itself while it trains. Alone it has nobody to wait for, and nothing ends it."""
@@ -69,6 +64,9 @@ class Watch:
         """Says that `step` steps are done and what comes now; `waiting`: for all other ranks."""
         assert self._heartbeat is not None, "begin comes first"
         self._heartbeat.beat(step, phase, waiting)
+
+    def engine_built(self) -> None:
+        """There are process groups that were not there when the watch began."""
 
     def first_step_done(self) -> None:
         """Nothing is compiled any more: the short limit holds."""
@@ -101,8 +99,8 @@ class SharedWatch(Watch, ABC):
 
     def begin(self, logs: Path, limits: Limits) -> None:
         super().begin(logs, limits)
-        self._last_beat = time.monotonic()
-        self._limits, self._limit = limits, limits.first_step
+        self._limits = limits
+        self._set_limit(limits.first_step)
 
     def beat(self, step: int, phase: str, waiting: bool = False) -> None:
         super().beat(step, phase, waiting)
@@ -110,10 +108,19 @@ class SharedWatch(Watch, ABC):
         assert self._recorder is not None
         self._recorder.end_after(self._limit + LAST_RESORT)
 
+    def engine_built(self) -> None:
+        self._set_limit(self._limit)
+
     def first_step_done(self) -> None:
         assert self._limits is not None, "begin comes first"
-        self._limit = self._limits.step
-        set_collective_timeout(self._limit + LAST_RESORT)
+        self._set_limit(self._limits.step)
+
+    def _set_limit(self, limit: float) -> None:
+        """Collectives, of all groups that there are, get longer than that: the watch knows more about the cause than an
+        error in one of them."""
+        self._last_beat = time.monotonic()
+        self._limit = limit
+        set_collective_timeout(limit + LAST_RESORT)
 
     def fail(self, error: BaseException) -> NoReturn:
         failure = failure_of(error, self._world.rank)

@@ -1,7 +1,7 @@
 """Faults put into a `slotmamba` process from outside, and as a script `slotmamba` with them, for torchrun to start.
 
-INJECT is ``FAULT:RANK:CALL``, several with commas in between: on that RANK, when the function that the fault is put into
-is called for the CALLth time; ``*`` is every rank or call.
+INJECT is ``FAULT:RANK:CALL``, several with commas in between: on that RANK, when the function that the fault is put
+into is called for the CALLth time; ``*`` is every rank or call.
 """
 
 from __future__ import annotations
@@ -46,12 +46,16 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def crash() -> None:
+    os.abort()
+
+
 def usr1() -> None:
     os.kill(os.getpid(), signal.SIGUSR1)
 
 
 FAULTS: dict[str, Callable[[], None]] = {
-    each.__name__: each for each in (hang, slow, bug, bad_input, leave, kill, usr1)
+    each.__name__: each for each in (hang, slow, bug, bad_input, leave, kill, crash, usr1)
 }
 
 

@@ -1,6 +1,6 @@
 """Starts ranks, each in a process forked from this one, which has imported everything already.
 
-Run as a script it reads a request a line, a JSON array, and answers each with a line:
+Run as a module it reads a request a line, a JSON array, and answers each with a line:
 
     ["start", [ARGUMENT, ...], {VARIABLE: VALUE, ...}, STDOUT, STDERR]    a `slotmamba` command; its process number
     ["poll", PID]              its exit code, or null while it runs; minus the signal that ended it
@@ -13,12 +13,12 @@ import os
 import sys
 import traceback
 
-import injected
 import torch
 
 import slotmamba.engines.fsdp2
 import slotmamba.train  # noqa: F401
 from slotmamba.cli import main
+from tests.distributed import injected
 
 
 def start(arguments: list[str], environment: dict[str, str], stdout: str, stderr: str) -> int:

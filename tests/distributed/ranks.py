@@ -18,7 +18,7 @@ from typing import Any
 from slotmamba.metrics import read_metrics
 from tests.train.runs import Command
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent.parent
 
 # Recall alone, which needs no shards.
 RECIPE = """\
@@ -111,7 +111,8 @@ class Launcher:
         self._jobs: list[Job] = []
         self._numbers = itertools.count()
         self._server = subprocess.Popen(
-            [sys.executable, HERE / "rank_server.py"],
+            [sys.executable, "-m", "tests.distributed.rank_server"],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -142,8 +143,8 @@ class Launcher:
         with output.open("w") as out, output.with_suffix(".err").open("w") as err:
             process = subprocess.Popen(
                 [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
-                 HERE / "injected.py", *self.command(run_dir, *overrides)],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+                 "-m", "tests.distributed.injected", *self.command(run_dir, *overrides)],
+                stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=ROOT, start_new_session=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "INJECT": inject},
             )  # fmt: skip
         return self._started(Job([Command(process.pid, process.poll, output)], run_dir))

@@ -53,6 +53,14 @@ def test_a_rank_that_is_killed(launcher: Launcher, tmp_path: Path, victim: int) 
     assert "Thread" in job.stacks(1 - victim)
 
 
+def test_a_rank_that_crashes(launcher: Launcher, tmp_path: Path) -> None:
+    job = launcher.start(tmp_path, inject="crash:1:3")
+    assert job.wait() == [1, -signal.SIGABRT]
+    (error,) = job.errors()
+    assert error.startswith("rank 1 has ended without a word")
+    assert "Fatal Python error: Aborted" in job.stacks(1) and "in crash" in job.stacks(1)
+
+
 def test_a_rank_that_leaves(launcher: Launcher, tmp_path: Path) -> None:
     job = launcher.start(tmp_path, inject="leave:1:2")
     assert job.wait() == [1, 0]

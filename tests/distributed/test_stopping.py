@@ -21,13 +21,13 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 def assert_saved(job: Job, reason: str) -> int:
     """Rank 0 alone has said so, in its last line; returns the step."""
     found = re.fullmatch(
-        rf"{reason}: saved at step (\d+) of \d+; the same command resumes: {re.escape(str(job.run_dir))}",
+        rf"{reason}: saved at step (?P<step>\d+) of \d+; the same command resumes: {re.escape(str(job.run_dir))}",
         job.out.splitlines()[-1],
     )
     assert found, job.out + job.err
-    assert committed(job.run_dir)[-1] == int(found[1])
+    assert committed(job.run_dir)[-1] == int(found["step"])
     assert job.errors() == []
-    return int(found[1])
+    return int(found["step"])
 
 
 def assert_resumes(launcher: Launcher, run_dir: Path, step: int) -> None:
