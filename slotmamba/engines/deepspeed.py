@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slotmamba.checkpoint.zero import ZeroContents
 from slotmamba.config.schema import Recipe
 from slotmamba.device import compute_precision
 from slotmamba.engines.dtypes import assert_float32
@@ -119,6 +120,9 @@ class DeepSpeedEngine(Engine):
     def discard(self) -> None:
         self.zero.step()
         assert not self.zero.was_step_applied(), "DeepSpeed has made a step whose loss or gradients are not finite"
+
+    def contents(self) -> ZeroContents:
+        return ZeroContents(self)
 
     def tensors(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
