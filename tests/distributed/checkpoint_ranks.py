@@ -1,7 +1,7 @@
 """Ranks that train a toy model under FSDP2, save, load and fail.
 
-Run as a module it reads calls, a JSON array ``[[RANK, SIZE, PORT], OUTPUT, FUNCTION, ARGUMENT, ...]`` a line, makes each
-in a process of its own, forked from this one that has imported everything already, and answers with its number;
+Run as a module it reads calls, a JSON array ``[[RANK, SIZE, PORT], OUTPUT, FUNCTION, ARGUMENT, ...]`` a line, makes
+each in a process of its own, forked from this one that has imported everything already, and answers with its number;
 ``[PID]`` asks for its exit code, null while it runs.
 """
 
@@ -26,9 +26,6 @@ import slotmamba.engines.fsdp2  # noqa: F401
 from slotmamba.checkpoint import CheckpointStore, Group, TensorContents
 from slotmamba.checkpoint.folder import CheckpointFolder
 from slotmamba.checkpoint.manifest import step_name
-from slotmamba.config import load_recipe
-from slotmamba.engines import build_engine
-from slotmamba.world import World
 from tests.checkpoint.toy_run import CONFIG, ToyRun
 
 
@@ -87,18 +84,6 @@ def copy(run_dir: str, target: str) -> None:
     assert run.resume()
     run.store.folder = CheckpointFolder(Path(target) / "checkpoints", 2)
     run.save()
-
-
-def copy_recipe_run(recipe: str, run_dir: str, target: str, *overrides: str) -> None:
-    """The same with the engine and the model of a recipe; prints the step."""
-    settings = load_recipe(recipe, [f"run_dir={run_dir}", *overrides])
-    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
-    engine = build_engine(settings, world)
-    model = settings.model.model_dump(mode="json")
-    stores = [CheckpointStore(Path(each), 2, model, Group(world.rank, world.size)) for each in (run_dir, target)]
-    found = stores[0].load_latest(engine.contents())
-    assert found is not None
-    stores[1].save(found[0], engine.contents(), found[1])
 
 
 def save_with_limit(run_dir: str, rank: int, size: int, background: bool) -> None:
@@ -198,6 +183,6 @@ if __name__ == "__main__":
     serve(
         {
             each.__name__: each
-            for each in (train, copy, copy_recipe_run, save_with_limit, save_and_die, damage_while_reading)
+            for each in (train, copy, save_with_limit, save_and_die, damage_while_reading)
         }
     )
