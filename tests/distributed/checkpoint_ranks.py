@@ -180,9 +180,4 @@ def _start(functions: dict[str, Callable[..., None]], place: list[int], output: 
 
 if __name__ == "__main__":
     torch.optim.AdamW([torch.zeros(1)])  # torch imports much with the first optimizer only
-    serve(
-        {
-            each.__name__: each
-            for each in (train, copy, save_with_limit, save_and_die, damage_while_reading)
-        }
-    )
+    serve({each.__name__: each for each in (train, copy, save_with_limit, save_and_die, damage_while_reading)})
