@@ -308,7 +308,7 @@ class Trainer:
             if needed or self.recipe.train.checkpoint.on_error == "stop":
                 raise
             if self.world.is_main:
-                logger.warning("%s; training goes on (train.checkpoint.on_error=continue)", error)
+                logger.warning("%s; training goes on (train.checkpoint.on_error=continue)", error.strerror)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return compute_precision(self.world.device, self.recipe.train.precision)

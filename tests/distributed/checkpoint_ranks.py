@@ -22,10 +22,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import slotmamba.engines.fsdp2  # noqa: F401
+import slotmamba.checkpoint.contents
+import slotmamba.engines.fsdp2
 from slotmamba.checkpoint import CheckpointStore, Group, TensorContents
 from slotmamba.checkpoint.folder import CheckpointFolder
 from slotmamba.checkpoint.manifest import step_name
+from slotmamba.checkpoint.tensors import local, read_tensors
 from tests.checkpoint.toy_run import CONFIG, ToyRun
 
 
@@ -134,16 +136,13 @@ def save_and_die(run_dir: str, rank: int, operation: int, background: bool) -> N
 
 def damage_while_reading(run_dir: str) -> None:
     """One rank reads other values than those that were written: all say so, and take the checkpoint before."""
-    from slotmamba.checkpoint import contents
-
-    original = contents.read_tensors
 
     def read(folder: Path, tensors: dict[str, torch.Tensor], group: Group) -> None:
-        original(folder, tensors, group)
+        read_tensors(folder, tensors, group)
         if folder.name == step_name(2) and dist.get_rank() == 1:
-            contents.local(tensors["model.embedding.weight"])[0, 0] += 1
+            local(tensors["model.embedding.weight"])[0, 0] += 1
 
-    contents.read_tensors = read
+    vars(slotmamba.checkpoint.contents)["read_tensors"] = read
     run = ShardedRun(Path(run_dir))
     assert run.resume()
     os.write(1, f"resumed {run.step}\n".encode())
@@ -168,8 +167,7 @@ def _start(functions: dict[str, Callable[..., None]], place: list[int], output: 
         for descriptor in (1, 2):
             os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
         rank, size, port = place
-        store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
         functions[name](*arguments)
         code = 0
     except BaseException:

@@ -90,7 +90,7 @@ def record_rows() -> None:
             reader.plan = plan
             notes.write(json.dumps([position, *numbers]) + "\n")
 
-    PlanReader.next_batch = next_batch  # type: ignore[method-assign]
+    PlanReader.next_batch = next_batch  # type: ignore[method-assign,assignment]
 
 
 class _Noted:

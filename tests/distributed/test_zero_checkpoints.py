@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,34 @@ def test_every_engine_starts_from_a_seed_checkpoint(tmp_path: Path) -> None:
         others, same = run_world(2, start, tmp_path, settings)[0]
         assert settings == fsdp2(2) or others == weights
         assert same == pytest.approx(losses, rel=1e-5)
+
+
+def save_without_room(world: World, folder: Path, settings: list[str]) -> str:
+    """The error of a save in which the last process has no room for a file of 4 KiB."""
+    run = Run(world, folder, settings)
+    run.advance(1)
+    run.save()
+    run.advance(1)
+    if world.rank == world.size - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    try:
+        run.save()
+    except OSError as error:
+        return str(error.strerror)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return ""
+
+
+@pytest.mark.slow
+def test_one_process_has_no_room(tmp_path: Path) -> None:
+    """DeepSpeed's own barriers between its writes leave nobody waiting; the checkpoint before stays."""
+    folder = tmp_path / "run" / "checkpoints"
+    message = (
+        f"cannot write checkpoint {folder}/step-00000002: File too large (rank 1); "
+        f"the last good one is {folder}/step-00000001"
+    )
+    assert run_world(2, save_without_room, tmp_path, zero(2, 2)) == [message, message]
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+    step, *_ = run_world(2, resume, tmp_path, zero(2, 2))[0]
+    assert step == 1
