@@ -80,7 +80,7 @@ def test_a_launcher_that_sets_half_of_the_variables(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     expected = "not LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start the processes with torchrun"
-    with pytest.raises(InputError, match=expected), joined("cpu", 1.0):
+    with pytest.raises(InputError, match=expected), joined("cpu"):
         pass
 
 
@@ -90,5 +90,5 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": 2, "LOCAL_RANK": 2, "WORLD_SIZE": 3, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     expected = "local rank 2 finds 2 GPUs: start at most 2 processes a machine"
-    with pytest.raises(InputError, match=expected), joined("cuda", 1.0):
+    with pytest.raises(InputError, match=expected), joined("cuda"):
         pass

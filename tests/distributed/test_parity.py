@@ -90,5 +90,5 @@ def test_a_process_without_a_launcher(tmp_path: Path, monkeypatch: pytest.Monkey
     """It shards over itself alone."""
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    with joined("cpu", 60.0) as world:
+    with joined("cpu") as world:
         assert_close(*trained(world, tmp_path, [fsdp2(1), SINGLE], 2))

@@ -16,7 +16,7 @@ from slotmamba.cli import main
 from slotmamba.evaluate.validation import Validation
 from slotmamba.global_step import GlobalStep
 from slotmamba.train import train
-from tests.train.runs import Runs, assert_same_run, assert_same_tensors, committed, succeeds, tensors
+from tests.train.runs import Runs, assert_same_run, assert_same_tensors, committed, fails, succeeds, tensors
 
 pytestmark = [pytest.mark.usefixtures("without_plots"), pytest.mark.timeout(300)]
 
@@ -108,3 +108,17 @@ def test_a_disk_that_is_full(
     succeeds(runs.command(run_dir, *settings))
     mine, theirs = (tensors(each, 5) for each in (run_dir, uninterrupted))
     assert_same_tensors(mine, theirs)
+
+
+def test_a_run_from_a_seed_checkpoint(
+    runs: Runs, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seed = [*runs.command(tmp_path, *EVERY_STEP), "--seed-checkpoint"]
+    assert main(seed) == 0
+    assert capsys.readouterr().out == f"tiny: initial weights: {tmp_path}/checkpoints/step-00000000\n"
+    assert (
+        fails(capsys, seed, 2)
+        == f"{tmp_path}/checkpoints has checkpoints already: a run starts from the newest of them"
+    )
+    succeeds(runs.command(tmp_path, *EVERY_STEP))
+    assert_same_run(tmp_path, uninterrupted)
