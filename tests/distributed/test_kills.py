@@ -87,7 +87,7 @@ def check_kills(launcher: Launcher, folder: Path, kills: int, steps: int) -> Non
     print(f"TEST_SEED={seed}")
     generator = random.Random(seed)
     settings = [*on(2), *SETTINGS, f"train.steps={steps}"]
-    assert launcher.start(folder / "uninterrupted", *settings).wait() == [0, 0]
+    assert launcher.start(folder / "uninterrupted", *settings).wait(seconds=600) == [0, 0]
 
     run_dir, attempts, killed, resumed_from = folder / "run", [], 0, 0
     for number in count():
@@ -97,7 +97,7 @@ def check_kills(launcher: Launcher, folder: Path, kills: int, steps: int) -> Non
         job = launcher.start(run_dir, *settings, f"train.checkpoint.async={str(background).lower()}", rows=attempts[-1])
         if killed < kills:
             kill_at_a_random_moment(job, generator)
-        codes = job.wait()
+        codes = job.wait(seconds=600)
         resumed = re.search(r"resumes after step (\d+) ", job.out)
         if resumed:
             assert int(resumed[1]) >= resumed_from, "a checkpoint that was there before is not any more"
