@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slotmamba.config.schema import Recipe, SourceConfig
+from slotmamba.config.data import SourceConfig
+from slotmamba.config.schema import Recipe
 from slotmamba.errors import InputError
 from slotmamba.models.slotmamba import IGNORED
 from slotmamba_data import Plan, Row, Source, Tokenizer

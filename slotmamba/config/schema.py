@@ -10,26 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from slotmamba_data import mqar_spec
-
-# A name becomes part of file names and metric names.
-Name = Annotated[
-    str,
-    Field(
-        pattern=r"^[^/\s.][^/\s]*$",
-        json_schema_extra={"words": "a name without slashes, white space and leading dot"},
-    ),
-]
+from slotmamba.config.data import DataConfig, SourceConfig
+from slotmamba.config.duration import Duration
+from slotmamba.config.section import Name, Section
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """A group of recipe keys: unknown keys are errors, types are not converted, values do not change afterwards."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class BDLRUConfig(Section):
@@ -150,86 +137,6 @@ class ModelConfig(Section):
         return self
 
 
-class MQARSetting(Section):
-    length: int = Field(ge=4, description="Tokens of a sample (of the decoder's input in the seq2seq form).")
-    pairs: int = Field(ge=1, description="Key-value pairs of a sample.")
-    weight: float = Field(
-        1.0, gt=0, description="Share of the source's rows with this setting, relative to the others."
-    )
-
-
-class MQARConfig(Section):
-    form: Literal["decoder", "seq2seq"] = Field(
-        "decoder",
-        description="`decoder`: pairs and queries in one sequence; "
-        "`seq2seq`: the encoder sees the pairs, the decoder the queries.",
-    )
-    settings: list[MQARSetting] = Field(min_length=1, description="Lengths and numbers of pairs to mix.")
-    vocab_size: int = Field(8192, ge=8, description="Tokens: keys in the lower half, values in the upper half.")
-    fillers: Literal["outside", "any"] = Field(
-        "outside",
-        description="Filler tokens: `outside` of the keys and values, or `any` token (the published behaviour).",
-    )
-    power: float = Field(
-        0.01, gt=0, description="Exponent of the power law of query gaps; small means close to the pairs."
-    )
-
-    @property
-    def spec(self) -> mqar_spec.MQARSpec:
-        """The same as the data pipeline takes it; raises ValueError where no such samples exist."""
-        settings = tuple(mqar_spec.MQARSetting(each.length, each.pairs, each.weight) for each in self.settings)
-        return mqar_spec.MQARSpec(settings, self.vocab_size, self.form, self.fillers, self.power)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        _ = self.spec
-        return self
-
-
-class SourceConfig(Section):
-    name: Name = Field(description="Name in logs and metrics.")
-    kind: Literal["lm", "mqar"] = Field(
-        "lm", description="`lm`: shards of tokenised text; `mqar`: synthetic recall, generated or from shards."
-    )
-    shards: str | None = Field(
-        None, description="Folder written by `slotmamba data build`; not needed for generated mqar."
-    )
-    weight: float = Field(1.0, gt=0, description="Share of the tokens, relative to the other sources.")
-    mqar: MQARConfig | None = Field(
-        None, description="Settings of generated recall samples (kind mqar without shards)."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.kind == "lm" and self.shards is None:
-            raise ValueError(
-                f"source {self.name!r} of kind lm needs `shards`, a folder written by `slotmamba data build`"
-            )
-        if self.kind == "lm" and self.mqar is not None:
-            raise ValueError(f"source {self.name!r} is of kind lm, `mqar` has no meaning there")
-        if self.kind == "mqar" and (self.shards is None) == (self.mqar is None):
-            raise ValueError(f"source {self.name!r} of kind mqar needs either `mqar` settings or `shards`, one of them")
-        return self
-
-
-class DataConfig(Section):
-    seq_len: int = Field(1024, ge=1, description="Tokens of a row.")
-    tokenizer: str | None = Field(None, description="Sentencepiece model that made the shards; `generate` needs it.")
-    packing: Literal["concat"] = Field(
-        "concat", description="`concat`: documents one after the other, cut at row ends."
-    )
-    sources: list[SourceConfig] = Field(min_length=1, description="Training sources and their weights.")
-    validation: list[SourceConfig] = Field([], description="Validation sources, each evaluated on its own.")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for key in ("sources", "validation"):
-            names = [source.name for source in getattr(self, key)]
-            if len(set(names)) != len(names):
-                raise ValueError(f"data.{key}: the names {names} are not distinct")
-        return self
-
-
 class OptimConfig(Section):
     name: Literal["adamw"] = Field("adamw", description="Optimizer.")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
@@ -249,8 +156,19 @@ class OptimConfig(Section):
 
 
 class CheckpointConfig(Section):
+    # `async` is a word of Python's.
+    model_config = ConfigDict(serialize_by_alias=True)
+
     every: int = Field(500, ge=1, description="Steps between checkpoints.")
     keep: int = Field(2, ge=1, description="Committed checkpoints to keep.")
+    in_background: bool = Field(
+        False,
+        alias="async",
+        description="Train on while a thread writes a copy of the state in CPU memory; not with deepspeed.",
+    )
+    on_error: Literal["stop", "continue"] = Field(
+        "stop", description="A checkpoint that cannot be written (disk full): stop, or warn and try again at the next."
+    )
 
 
 class TrainConfig(Section):
@@ -268,6 +186,9 @@ class TrainConfig(Section):
         "stop", description="A loss or gradient that is not finite: stop, or skip the step."
     )
     max_skips: int = Field(10, ge=1, description="Skipped steps in a row after which `skip` stops too.")
+    time_limit: Duration | None = Field(
+        None, description="Wall time from the start of the command by which the run is to have saved and stopped."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -281,6 +202,50 @@ class TrainConfig(Section):
             return self.steps
         assert self.tokens is not None
         return -(-self.tokens // self.global_batch_tokens)
+
+
+class ParallelConfig(Section):
+    engine: Literal["single", "fsdp2", "deepspeed"] = Field(
+        "single", description="`single`: one process; `fsdp2`: PyTorch's sharding; `deepspeed`: ZeRO."
+    )
+    replicate: int = Field(1, ge=1, description="fsdp2: groups of processes that each hold the whole model (HSDP).")
+    shard: int = Field(1, ge=1, description="Processes that the model is spread over; replicate * shard are started.")
+    zero_stage: int = Field(
+        1,
+        ge=1,
+        le=3,
+        description="deepspeed: spread the optimizer states (1), the gradients too (2), the parameters too (3).",
+    )
+    cpu_offload: bool = Field(
+        False, description="fsdp2: keep parameters, gradients and optimizer states in CPU memory; deepspeed: the last."
+    )
+
+    first_step_timeout: Duration = Field(
+        "1h", description="Longest wait for the first step, which compiles and fills caches, before the job is ended."
+    )
+    step_timeout: Duration = Field(
+        "10m", description="The same for every step, validation batch and save after it: processes hang, or one does."
+    )
+
+    @property
+    def size(self) -> int:
+        """Processes of the world."""
+        return self.replicate * self.shard
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.engine == "single" and self.size > 1:
+            raise ValueError(
+                f"engine=single is one process, not replicate * shard = {self.size}: set engine=fsdp2 or deepspeed"
+            )
+        if self.engine == "single" and self.cpu_offload:
+            raise ValueError("cpu_offload needs engine=fsdp2 or deepspeed: engine=single has nothing to offload")
+        if self.engine == "deepspeed" and self.replicate > 1:
+            raise ValueError(
+                f"ZeRO shards over all processes, replicate={self.replicate} is for engine=fsdp2 (HSDP): "
+                f"set replicate=1 shard={self.size}"
+            )
+        return self
 
 
 class WandbConfig(Section):
@@ -302,6 +267,7 @@ class Recipe(Section):
     data: DataConfig = Field(description="What it trains on.")
     optim: OptimConfig = Field(OptimConfig(), description="How it is optimised.")
     train: TrainConfig = Field(description="How long, how much at a time, how often it reports and saves.")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="How many processes train together, and how.")
     logging: LoggingConfig = Field(LoggingConfig(), description="Where metrics go besides metrics.jsonl.")
 
     @model_validator(mode="after")
@@ -310,11 +276,15 @@ class Recipe(Section):
         rows, rest = divmod(tokens, seq_len)
         if rest:
             raise ValueError(f"train.global_batch_tokens={tokens} is not a multiple of data.seq_len={seq_len}")
-        if rows % micro_batch:
+        size = self.parallel.size
+        if rows % (size * micro_batch):
+            on_each = f" rows on each of {size} processes (parallel.replicate * parallel.shard)" if size > 1 else ""
             raise ValueError(
                 f"a global batch has {rows} rows (train.global_batch_tokens / data.seq_len), "
-                f"not a multiple of train.micro_batch={micro_batch}"
+                f"not a multiple of train.micro_batch={micro_batch}{on_each}"
             )
+        if self.train.checkpoint.in_background and self.parallel.engine == "deepspeed":
+            raise ValueError("train.checkpoint.async needs parallel.engine single or fsdp2: DeepSpeed saves in place")
         if self.optim.warmup > self.train.total_steps:
             raise ValueError(
                 f"optim.warmup={self.optim.warmup} is more than the {self.train.total_steps} steps of the run"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slotmamba.config.schema import Recipe, SourceConfig
+from slotmamba.config.data import SourceConfig
+from slotmamba.config.schema import Recipe
 
 
 @dataclass(frozen=True)

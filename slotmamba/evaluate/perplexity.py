@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from slotmamba.batch import check_data, plan_source
-from slotmamba.config.schema import Recipe, SourceConfig
+from slotmamba.config.data import SourceConfig
+from slotmamba.config.schema import Recipe
 from slotmamba.device import compute_precision
 from slotmamba.errors import InputError, SlotMambaError
 from slotmamba.evaluate.pulse import Pulse

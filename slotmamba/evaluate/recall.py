@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from slotmamba.config.schema import Recipe, SourceConfig
+from slotmamba.config.data import SourceConfig
+from slotmamba.config.schema import Recipe
 from slotmamba.device import compute_precision
 from slotmamba.errors import InputError
 from slotmamba.evaluate.pulse import Pulse

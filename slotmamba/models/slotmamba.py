@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slotmamba.config.schema import ModelConfig
 from slotmamba.models.decoder import Decoder, DecoderState
 from slotmamba.models.encoder import Encoder
+from slotmamba.models.initial import normal, starts
 from slotmamba.models.injection import EncoderOutput
 from slotmamba.models.layers import OutputMatrix
 from slotmamba.sampling import generate
@@ -42,13 +43,13 @@ class _SlotMamba(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        starts(self.embedding.weight, normal(0.02))
         self.decoder = Decoder(config)
         self.output = OutputMatrix(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight
         else:
-            nn.init.normal_(self.output.weight, std=0.02)
+            starts(self.output.weight, normal(0.02))
 
     def step(self, tokens: Tensor, state: DecoderState, *, consume: bool = False) -> tuple[Tensor, DecoderState]:
         """One token for every row: tokens [B] -> logits [B, V] of the next token, and the state after it.
@@ -188,5 +189,8 @@ SlotMamba = SlotMambaForCausalLM | SlotMambaForSeq2Seq
 
 
 def build_model(config: ModelConfig) -> SlotMamba:
-    """The model that a recipe's model section describes, with fresh weights from torch's random state."""
+    """The model that a recipe's model section describes, with fresh weights from torch's random state.
+
+    Training starts from `slotmamba.models.initial.InitialWeights` instead, which do not depend on how it is built.
+    """
     return SlotMambaForSeq2Seq(config) if config.encoder_layers else SlotMambaForCausalLM(config)

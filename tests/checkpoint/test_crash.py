@@ -15,17 +15,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from toy_run import ToyRun
+
+from tests.checkpoint.toy_run import ToyRun
 
 KILLED = f"exit {-signal.SIGKILL}"
 
 
 class Children:
-    """crash_children.py as a script."""
+    """crash_children.py as a program."""
 
     def __init__(self) -> None:
         self.server = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("crash_children.py")],
+            [sys.executable, "-m", "tests.checkpoint.crash_children"],
+            cwd=Path(__file__).parents[2],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -89,7 +91,7 @@ def test_killed_before_every_file_operation(tmp_path: Path, children: Children, 
         ended = children.read()
         survivor = ToyRun(run_dir, keep=keep, seed=1)
         survivor.store.clean()
-        assert not list(survivor.store.folder.glob(".*")), operation
+        assert not list(survivor.store.folder.path.glob(".*")), operation
         assert survivor.resume()
         assert survivor.step == survivor.store.latest()
         assert survivor.snapshot() == snapshots[survivor.step]
@@ -149,11 +151,11 @@ def test_full_disk(small_disk: Path) -> None:
             except OSError as error:
                 failures += 1
                 assert "No space left on device; the last good one is" in str(error)
-                assert [path.name for path in run.store.folder.iterdir()] == ["step-00000001"]
+                assert [path.name for path in run.store.folder.path.iterdir()] == ["step-00000001"]
     assert failures > 3
     assert run.store.committed() == [1, 2]
     run = ToyRun(small_disk, seed=1)
-    run.store.load(1, run.model, run.optimizer)
+    run.store.load(1, run.contents)
     assert run.snapshot() == expected
 
 

@@ -18,6 +18,7 @@ from slotmamba.config import Recipe
 from slotmamba.device import compute_precision
 from slotmamba.evaluate.validation import Validation
 from slotmamba.models import build_model
+from slotmamba.models.initial import InitialWeights
 from slotmamba.schedule import learning_rate
 from slotmamba.train import train
 from slotmamba_data import MQARSetting, MQARSpec, build_mqar, open_plan
@@ -52,8 +53,8 @@ def assert_close(left: list[dict[str, Any]], right: list[dict[str, Any]], tolera
 
 def test_the_loss_is_the_mean_over_the_labelled_tokens_of_the_step(runs: Runs, tmp_path: Path) -> None:
     recipe = runs.recipe(tmp_path, "train.steps=1", "optim.warmup=0", "seed=5")
-    torch.manual_seed(recipe.seed)
     model = build_model(recipe.model)
+    InitialWeights(model, recipe.seed).fill(model)
     plan = open_plan(list(map(plan_source, recipe.data.sources)), recipe.data.seq_len, recipe.seed)
     nats: dict[str, list[float]] = defaultdict(list)
     for number in range(recipe.rows_per_step):
@@ -166,8 +167,8 @@ def test_z_loss_draws_the_log_partition_to_zero(runs: Runs, tmp_path: Path) -> N
 
 
 def test_balance_spreads_the_addresses(runs: Runs, tmp_path: Path) -> None:
-    without = trained(runs.recipe(tmp_path / "without", "model.slots.balance=0"))
-    spread = trained(runs.recipe(tmp_path / "with", "model.slots.balance=5"))
+    without = trained(runs.recipe(tmp_path / "without", "model.slots.balance=0", "optim.lr=0.01"))
+    spread = trained(runs.recipe(tmp_path / "with", "model.slots.balance=5", "optim.lr=0.01"))
     assert spread[0]["balance"] == without[0]["balance"]
     assert spread[-1]["balance"] < 0.5 * without[-1]["balance"]
 
@@ -181,7 +182,7 @@ def test_schedules(runs: Runs, tmp_path: Path, schedule: str) -> None:
 
 
 def test_it_learns(runs: Runs, tmp_path: Path) -> None:
-    log = trained(runs.recipe(tmp_path, "train.steps=14", "optim.lr=0.02", "train.eval_every=14"))
+    log = trained(runs.recipe(tmp_path, "train.steps=14", "optim.lr=0.02", "train.eval_every=14", "seed=3"))
     assert log[-1]["loss/text"] < log[0]["loss/text"] - 0.7
     assert log[-1]["loss/recall"] < log[0]["loss/recall"] - 0.3
 
