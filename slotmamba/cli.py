@@ -50,6 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     train = _add_recipe_command(commands, "train", _train, "train a model; the same command again resumes the run")
     train.add_argument(
+        "--seed-checkpoint",
+        action="store_true",
+        help="only write the initial weights as checkpoint 0, which any engine and number of processes starts from",
+    )
+    train.add_argument(
         "--dry-run",
         action="store_true",
         help="build and shard the model for all processes on this one, and run nothing",
@@ -126,6 +131,11 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
 
 def _train(args: argparse.Namespace) -> int:
     recipe = _load_recipe(args)  # before the slow import: a wrong key should show at once
+    if args.seed_checkpoint:
+        from slotmamba.seed_checkpoint import write_seed_checkpoint
+
+        print(f"{recipe.name}: initial weights: {write_seed_checkpoint(recipe)}")
+        return DONE
     if args.dry_run:
         from slotmamba.dry_run import dry_run
 

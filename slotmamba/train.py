@@ -111,6 +111,9 @@ class Trainer:
         if found is None:
             return
         self.step, progress = found
+        self.saved = self.step, False
+        if not progress:  # a seed checkpoint
+            return
         self.reader = PlanReader.from_state(self.plan, progress["data"])
         self.labelled_tokens = progress["labelled_tokens"]
         self.skips_in_a_row = progress["skips_in_a_row"]
@@ -305,7 +308,7 @@ class Trainer:
             if needed or self.recipe.train.checkpoint.on_error == "stop":
                 raise
             if self.world.is_main:
-                logger.warning("%s; training goes on (train.checkpoint.on_error=continue)", error)
+                logger.warning("%s; training goes on (train.checkpoint.on_error=continue)", error.strerror)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return compute_precision(self.world.device, self.recipe.train.precision)

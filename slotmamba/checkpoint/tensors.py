@@ -118,7 +118,7 @@ def read_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
         DamagedCheckpointError: they could not be read.
     """
     stored = stored_tensors(folder)
-    found = {}
+    found: dict[str, str] = {}
     for name in names:
         tensor = torch.empty_like(stored[name], device="cpu")
         read_tensors(folder, {name: tensor})

@@ -233,7 +233,7 @@ def _shapes(engine: DeepSpeedEngine) -> dict[str, Tensor]:
 
 def _digests(engine: DeepSpeedEngine, names: Iterable[str], group: Group) -> dict[str, str]:
     """Digests of whole tensors, gathered one at a time."""
-    found = {}
+    found: dict[str, str] = {}
     for name in names:
         found |= digests(engine.tensors([name]), [name], group)
     return found

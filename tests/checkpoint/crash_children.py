@@ -1,6 +1,6 @@
 """Child processes that train, save and crash.
 
-Run as a script it reads calls, a JSON array ``[function, argument, ...]`` a line, makes each in a process of its own,
+Run as a module it reads calls, a JSON array ``[function, argument, ...]`` a line, makes each in a process of its own,
 forked from this one that has imported torch already, and prints ``exit CODE`` when that has ended.
 """
 
@@ -17,7 +17,8 @@ import traceback
 from pathlib import Path
 
 import torch
-from toy_run import ToyRun
+
+from tests.checkpoint.toy_run import ToyRun
 
 
 def train_for_ever(run_dir: str) -> None:

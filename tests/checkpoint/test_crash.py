@@ -15,17 +15,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from toy_run import ToyRun
+
+from tests.checkpoint.toy_run import ToyRun
 
 KILLED = f"exit {-signal.SIGKILL}"
 
 
 class Children:
-    """crash_children.py as a script."""
+    """crash_children.py as a program."""
 
     def __init__(self) -> None:
         self.server = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("crash_children.py")],
+            [sys.executable, "-m", "tests.checkpoint.crash_children"],
+            cwd=Path(__file__).parents[2],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

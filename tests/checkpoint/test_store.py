@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from toy_run import CONFIG, ToyRun
 
 from slotmamba.checkpoint import CheckpointStore, DamagedCheckpointError
 from slotmamba.errors import SlotMambaError
+from tests.checkpoint.toy_run import CONFIG, ToyRun
 
 
 def manifest_of(checkpoint: Path) -> dict:

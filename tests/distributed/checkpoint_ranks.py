@@ -1,7 +1,7 @@
 """Ranks that train a toy model under FSDP2, save, load and fail.
 
-Run as a module it reads calls, a JSON array ``[[RANK, SIZE, PORT], OUTPUT, FUNCTION, ARGUMENT, ...]`` a line, makes each
-in a process of its own, forked from this one that has imported everything already, and answers with its number;
+Run as a module it reads calls, a JSON array ``[[RANK, SIZE, PORT], OUTPUT, FUNCTION, ARGUMENT, ...]`` a line, makes
+each in a process of its own, forked from this one that has imported everything already, and answers with its number;
 ``[PID]`` asks for its exit code, null while it runs.
 """
 
@@ -22,13 +22,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import slotmamba.engines.fsdp2  # noqa: F401
+import slotmamba.checkpoint.contents
+import slotmamba.engines.fsdp2
 from slotmamba.checkpoint import CheckpointStore, Group, TensorContents
 from slotmamba.checkpoint.folder import CheckpointFolder
 from slotmamba.checkpoint.manifest import step_name
-from slotmamba.config import load_recipe
-from slotmamba.engines import build_engine
-from slotmamba.world import World
+from slotmamba.checkpoint.tensors import local, read_tensors
 from tests.checkpoint.toy_run import CONFIG, ToyRun
 
 
@@ -89,18 +88,6 @@ def copy(run_dir: str, target: str) -> None:
     run.save()
 
 
-def copy_recipe_run(recipe: str, run_dir: str, target: str, *overrides: str) -> None:
-    """The same with the engine and the model of a recipe; prints the step."""
-    settings = load_recipe(recipe, [f"run_dir={run_dir}", *overrides])
-    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
-    engine = build_engine(settings, world)
-    model = settings.model.model_dump(mode="json")
-    stores = [CheckpointStore(Path(each), 2, model, Group(world.rank, world.size)) for each in (run_dir, target)]
-    found = stores[0].load_latest(engine.contents())
-    assert found is not None
-    stores[1].save(found[0], engine.contents(), found[1])
-
-
 def save_with_limit(run_dir: str, rank: int, size: int, background: bool) -> None:
     """Resume, advance, save, while one rank has no room for a file of more than `size` bytes; prints the error."""
     run = ShardedRun(Path(run_dir))
@@ -149,16 +136,13 @@ def save_and_die(run_dir: str, rank: int, operation: int, background: bool) -> N
 
 def damage_while_reading(run_dir: str) -> None:
     """One rank reads other values than those that were written: all say so, and take the checkpoint before."""
-    from slotmamba.checkpoint import contents
-
-    original = contents.read_tensors
 
     def read(folder: Path, tensors: dict[str, torch.Tensor], group: Group) -> None:
-        original(folder, tensors, group)
+        read_tensors(folder, tensors, group)
         if folder.name == step_name(2) and dist.get_rank() == 1:
-            contents.local(tensors["model.embedding.weight"])[0, 0] += 1
+            local(tensors["model.embedding.weight"])[0, 0] += 1
 
-    contents.read_tensors = read
+    vars(slotmamba.checkpoint.contents)["read_tensors"] = read
     run = ShardedRun(Path(run_dir))
     assert run.resume()
     os.write(1, f"resumed {run.step}\n".encode())
@@ -183,8 +167,7 @@ def _start(functions: dict[str, Callable[..., None]], place: list[int], output: 
         for descriptor in (1, 2):
             os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
         rank, size, port = place
-        store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
         functions[name](*arguments)
         code = 0
     except BaseException:
@@ -195,9 +178,4 @@ def _start(functions: dict[str, Callable[..., None]], place: list[int], output: 
 
 if __name__ == "__main__":
     torch.optim.AdamW([torch.zeros(1)])  # torch imports much with the first optimizer only
-    serve(
-        {
-            each.__name__: each
-            for each in (train, copy, copy_recipe_run, save_with_limit, save_and_die, damage_while_reading)
-        }
-    )
+    serve({each.__name__: each for each in (train, copy, save_with_limit, save_and_die, damage_while_reading)})

@@ -6,13 +6,14 @@ into is called for the CALLth time; ``*`` is every rank or call.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import slotmamba.engines.fsdp2
 import slotmamba.global_step
@@ -20,6 +21,8 @@ import slotmamba.models.slotmamba
 import slotmamba.train
 from slotmamba.cli import main
 from slotmamba.errors import InputError
+from slotmamba_data import PlanReader, Row
+from slotmamba_data.plan import Plan
 
 
 def hang() -> None:
@@ -70,8 +73,39 @@ PLACES: dict[str, tuple[Any, str]] = {
 }
 
 
+def record_rows() -> None:
+    """Notes for every step, in the folder ROWS, the rows that this rank trains on: ``[position, row, ...]`` a line."""
+    if "ROWS" not in os.environ:
+        return
+    notes = open(os.path.join(os.environ["ROWS"], os.environ["RANK"]), "a", buffering=1)  # noqa: SIM115
+    original = PlanReader.next_batch
+
+    def next_batch(reader: PlanReader, rows: int, part: int = 0, parts: int = 1) -> list[Row]:
+        position, plan = reader.samples_consumed, reader.plan
+        numbers: list[int] = []
+        reader.plan = cast(Plan, _Noted(plan, numbers))
+        try:
+            return original(reader, rows, part, parts)
+        finally:
+            reader.plan = plan
+            notes.write(json.dumps([position, *numbers]) + "\n")
+
+    PlanReader.next_batch = next_batch  # type: ignore[method-assign,assignment]
+
+
+class _Noted:
+    def __init__(self, plan: Plan, numbers: list[int]) -> None:
+        self._plan = plan
+        self._numbers = numbers
+
+    def __getitem__(self, number: int) -> Row:
+        self._numbers.append(number)
+        return self._plan[number]
+
+
 def inject() -> None:
-    """Does what INJECT says: the faults above, or `loss-nan` and `gradient-nan`."""
+    """Does what INJECT says: the faults above, or `loss-nan` and `gradient-nan`; and what ROWS says."""
+    record_rows()
     for each in filter(None, os.environ.get("INJECT", "").split(",")):
         fault, rank, call = each.split(":")
         if rank in ("*", os.environ["RANK"]):

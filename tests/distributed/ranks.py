@@ -119,13 +119,13 @@ class Launcher:
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
 
-    def start(self, run_dir: Path, *overrides: str, inject: str = "", size: int = 2) -> Job:
-        """`size` ranks, each a command of its own."""
+    def start(self, run_dir: Path, *overrides: str, inject: str = "", size: int = 2, rows: Path | None = None) -> Job:
+        """`size` ranks, each a command of its own; `rows`: a folder in which to note what they train on."""
         port = free_port()
         ranks = []
         for rank in range(size):
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1",
-                         "MASTER_PORT": port, "INJECT": inject}  # fmt: skip
+                         "MASTER_PORT": port, "INJECT": inject, **({"ROWS": rows} if rows else {})}  # fmt: skip
             output = self._next_output()
             pid = self._request(
                 "start",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,15 @@ import pytest
 from slotmamba.batch import plan_source
 from slotmamba.checkpoint import CheckpointStore, Group
 from slotmamba.checkpoint.manifest import read_manifest, step_name
+from slotmamba.checkpoint.tensors import local
 from slotmamba.engines import Engine, build_engine
 from slotmamba.errors import InputError
 from slotmamba.global_step import GlobalStep
 from slotmamba.schedule import learning_rate
+from slotmamba.seed_checkpoint import write_seed_checkpoint
 from slotmamba.world import World
 from slotmamba_data import PlanReader, open_plan
-from tests.distributed.tiny import fsdp2, tiny, zero
+from tests.distributed.tiny import SINGLE, fsdp2, tiny, trained, zero
 from tests.distributed.worlds import run_world
 
 Values = dict[str, bytes]
@@ -57,7 +60,8 @@ class Run:
 
 
 def values(engine: Engine) -> Values:
-    return {name: tensor.detach().numpy().tobytes() for name, tensor in engine.tensors().items()}
+    """What this process holds of them; under ZeRO all."""
+    return {name: local(tensor.detach()).numpy().tobytes() for name, tensor in engine.tensors().items()}
 
 
 def save_after(world: World, folder: Path, settings: list[str], count: int) -> tuple[Values, list[float]]:
@@ -116,3 +120,55 @@ def test_another_engine_or_stage_is_refused(tmp_path: Path) -> None:
     assert run_world(1, refused, tmp_path, zero(3, 1)) == [
         f"{checkpoint} was saved by ZeRO stage 1: set parallel.zero_stage=1, or convert it with `slotmamba convert`"
     ]
+
+
+def start(world: World, folder: Path, settings: list[str]) -> tuple[Values, list[float]]:
+    """Weights restored from a seed checkpoint, and the first losses."""
+    run = Run(world, folder, settings)
+    found = run.store.load_latest(run.engine.contents())
+    assert found == (0, {})
+    return values(run.engine), run.advance(3)
+
+
+@pytest.mark.slow
+def test_every_engine_starts_from_a_seed_checkpoint(tmp_path: Path) -> None:
+    """Its weights are of another seed than the run's own; losses equal to 1e-5 relative."""
+    write_seed_checkpoint(tiny(tmp_path, ["seed=11", f"run_dir={tmp_path}/run"]))
+    own = run_world(1, trained, tmp_path, [SINGLE], 1)[0][0][0].loss
+    weights, losses = run_world(1, start, tmp_path, SINGLE)[0]
+    assert losses[0] != pytest.approx(own, rel=1e-3)
+    for settings in (zero(1, 2), zero(3, 2), fsdp2(2)):
+        others, same = run_world(2, start, tmp_path, settings)[0]
+        assert settings == fsdp2(2) or others == weights
+        assert same == pytest.approx(losses, rel=1e-5)
+
+
+def save_without_room(world: World, folder: Path, settings: list[str]) -> str:
+    """The error of a save in which the last process has no room for a file of 4 KiB."""
+    run = Run(world, folder, settings)
+    run.advance(1)
+    run.save()
+    run.advance(1)
+    if world.rank == world.size - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    try:
+        run.save()
+    except OSError as error:
+        return str(error.strerror)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return ""
+
+
+@pytest.mark.slow
+def test_one_process_has_no_room(tmp_path: Path) -> None:
+    """DeepSpeed's own barriers between its writes leave nobody waiting; the checkpoint before stays."""
+    folder = tmp_path / "run" / "checkpoints"
+    message = (
+        f"cannot write checkpoint {folder}/step-00000002: File too large (rank 1); "
+        f"the last good one is {folder}/step-00000001"
+    )
+    assert run_world(2, save_without_room, tmp_path, zero(2, 2)) == [message, message]
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+    step, *_ = run_world(2, resume, tmp_path, zero(2, 2))[0]
+    assert step == 1

@@ -75,7 +75,7 @@ def _rank(
         "MASTER_PORT": str(port),
     }
     try:
-        with joined("cpu", 120.0) as world:
+        with joined("cpu") as world:
             _send(sender, None, function(world, *arguments))
             world.barrier()
     except BaseException:

@@ -1,0 +1,110 @@
+"""How a run saves: in place or in the background, on a disk that is full, and without random states."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from slotmamba.cli import main
+from slotmamba.evaluate.validation import Validation
+from slotmamba.global_step import GlobalStep
+from slotmamba.train import train
+from tests.train.runs import Runs, assert_same_run, assert_same_tensors, committed, succeeds, tensors
+
+pytestmark = [pytest.mark.usefixtures("without_plots"), pytest.mark.timeout(300)]
+
+EVERY_STEP = ["train.steps=5", "train.checkpoint.every=1"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slotmamba.train.plot_run", lambda run_dir: [])
+        train(runs.recipe(run_dir, *EVERY_STEP))
+    return run_dir
+
+
+def test_saving_in_the_background_changes_nothing(runs: Runs, uninterrupted: Path, tmp_path: Path) -> None:
+    train(runs.recipe(tmp_path, *EVERY_STEP, "train.checkpoint.async=true"))
+    assert committed(tmp_path) == committed(uninterrupted) == [4, 5]
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_training_and_validation_draw_no_random_numbers(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is why a checkpoint holds no state of a generator."""
+    calls = []
+
+    def states() -> tuple[object, ...]:
+        return random.getstate(), repr(np.random.get_state(legacy=True)), torch.get_rng_state().numpy().tobytes()
+
+    def watch(original: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any, **named: Any) -> Any:
+            before = states()
+            result = original(*arguments, **named)
+            assert states() == before
+            calls.append(original)
+            return result
+
+        return watched
+
+    monkeypatch.setattr(GlobalStep, "__call__", watch(GlobalStep.__call__))
+    monkeypatch.setattr(Validation, "run", watch(Validation.run))
+    train(runs.recipe(tmp_path, "train.steps=2"))
+    assert len(calls) == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+def test_a_disk_that_is_full(
+    runs: Runs, uninterrupted: Path, tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str],
+    on_error: str, background: str,
+) -> None:  # fmt: skip
+    """The checkpoint before stays; training goes on if it is to, but does not end as if it had been saved."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "checkpoints").symlink_to(small_disk)
+    settings = [*EVERY_STEP, f"train.checkpoint.on_error={on_error}", f"train.checkpoint.async={background}"]
+    succeeds(runs.command(run_dir, *settings, "train.steps=2"))
+    with (small_disk / "filler").open("wb", buffering=0) as filler:
+        with pytest.raises(OSError, match="No space left"):
+            while True:
+                filler.write(bytes(4096))
+        filler.truncate(filler.tell() - 3 * 4096)  # room for a folder, not for the tensors
+
+    assert main(runs.command(run_dir, *settings)) == 1
+    *warnings, error = capsys.readouterr().err.splitlines()
+    good = f"No space left on device; the last good one is {run_dir}/checkpoints/step-00000002"
+    lines = [f"cannot write checkpoint {run_dir}/checkpoints/step-0000000{step}: {good}" for step in (3, 4, 5)]
+    if on_error == "stop":
+        assert (warnings, error) == ([], f"error: {lines[0]}")
+    else:
+        assert warnings == [f"{line}; training goes on (train.checkpoint.on_error=continue)" for line in lines[:2]]
+        assert error == f"error: {lines[2]}"
+    assert committed(run_dir)[-1] == 2
+    assert not list(small_disk.glob(".*"))
+
+    (small_disk / "filler").unlink()
+    succeeds(runs.command(run_dir, *settings))
+    mine, theirs = (tensors(each, 5) for each in (run_dir, uninterrupted))
+    assert_same_tensors(mine, theirs)
