@@ -89,6 +89,7 @@ class Trainer:
         self.run_dir = recipe.run_path
         torch.manual_seed(recipe.seed)
         self.model = build_model(recipe.model).to(device)
+        self.model.save_memory(recipe.train.activation_checkpointing, recipe.train.sequence_chunks)
         self.optimizer = build_optimizer(self.model, recipe.optim)
         self.plan = open_plan([plan_source(source) for source in recipe.data.sources], recipe.data.seq_len, recipe.seed)
         self.validation = Validation(recipe)
