@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +10,23 @@ from torch import Tensor, nn
 from slotmamba.config.schema import OptimConfig
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, optim: OptimConfig, decayed: Collection[str] | None = None) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019) with the groups ``decay`` and ``no_decay``.
 
-    A parameter is in ``no_decay`` when it has fewer than two axes (norms, biases, temperatures) or carries the
-    attribute ``no_weight_decay = True`` (gates and the like that are matrices by shape only). A tied parameter appears
-    once, a frozen one not at all, and a group without parameters is left out; ``group["name"]`` tells the groups apart.
-    The learning rate starts at ``optim.lr``; the caller sets ``group["lr"]`` before each step.
+    A tied parameter appears once, a frozen one not at all, and a group without parameters is left out;
+    ``group["name"]`` tells the groups apart. The learning rate starts at ``optim.lr``; the caller sets ``group["lr"]``
+    before each step.
+
+    Args:
+        decayed: names of the parameters with weight decay, for a model whose parameters have become shards, without
+            their attributes and perhaps their shapes; None asks the model itself.
     """
-    # `parameters()` yields a tied parameter once.
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decay = [parameter for parameter in trainable if _has_weight_decay(parameter)]
-    no_decay = [parameter for parameter in trainable if not _has_weight_decay(parameter)]
+    decayed = decayed_parameters(model) if decayed is None else decayed
+    # `named_parameters()` yields a tied parameter once.
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trainable = [parameter for _, parameter in named]
+    decay = [parameter for name, parameter in named if name in decayed]
+    no_decay = [parameter for name, parameter in named if name not in decayed]
     groups = [
         {"name": "decay", "params": decay, "weight_decay": optim.weight_decay},
         {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
@@ -35,8 +40,14 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     return optimizer
 
 
-def _has_weight_decay(parameter: nn.Parameter) -> bool:
-    return parameter.ndim >= 2 and not getattr(parameter, "no_weight_decay", False)
+def decayed_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters with weight decay: all but those with fewer than two axes (norms, biases, temperatures)
+    and those with the attribute ``no_weight_decay = True`` (gates and the like that are matrices by shape only)."""
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and not getattr(parameter, "no_weight_decay", False)
+    }
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

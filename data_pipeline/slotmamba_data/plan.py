@@ -167,10 +167,15 @@ class PlanReader:
         self.plan = plan
         self.samples_consumed = start
 
-    def next_batch(self, rows: int) -> list[Row]:
-        """The next `rows` rows; errors as for `Plan.__getitem__`, and then the position stays."""
-        start = self.samples_consumed
-        batch = [self.plan[number] for number in range(start, start + rows)]
+    def next_batch(self, rows: int, part: int = 0, parts: int = 1) -> list[Row]:
+        """Of the next `rows` rows those of one of `parts` processes that read together, rows / parts in a row.
+
+        The position is that of all of them. Errors as for `Plan.__getitem__`, and then it stays.
+        """
+        assert rows % parts == 0 and 0 <= part < parts
+        share = rows // parts
+        start = self.samples_consumed + part * share
+        batch = [self.plan[number] for number in range(start, start + share)]
         self.samples_consumed += rows
         return batch
 

@@ -302,6 +302,43 @@ class TrainConfig(Section):
         return -(-self.tokens // self.global_batch_tokens)
 
 
+class ParallelConfig(Section):
+    engine: Literal["single", "fsdp2", "deepspeed"] = Field(
+        "single", description="`single`: one process; `fsdp2`: PyTorch's sharding; `deepspeed`: ZeRO."
+    )
+    replicate: int = Field(1, ge=1, description="fsdp2: groups of processes that each hold the whole model (HSDP).")
+    shard: int = Field(1, ge=1, description="Processes that the model is spread over; replicate * shard are started.")
+    zero_stage: int = Field(
+        1,
+        ge=1,
+        le=3,
+        description="deepspeed: spread the optimizer states (1), the gradients too (2), the parameters too (3).",
+    )
+    cpu_offload: bool = Field(
+        False, description="fsdp2: keep parameters, gradients and optimizer states in CPU memory; deepspeed: the last."
+    )
+
+    @property
+    def size(self) -> int:
+        """Processes of the world."""
+        return self.replicate * self.shard
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.engine == "single" and self.size > 1:
+            raise ValueError(
+                f"engine=single is one process, not replicate * shard = {self.size}: set engine=fsdp2 or deepspeed"
+            )
+        if self.engine == "single" and self.cpu_offload:
+            raise ValueError("cpu_offload needs engine=fsdp2 or deepspeed: engine=single has nothing to offload")
+        if self.engine == "deepspeed" and self.replicate > 1:
+            raise ValueError(
+                f"ZeRO shards over all processes, replicate={self.replicate} is for engine=fsdp2 (HSDP): "
+                f"set replicate=1 shard={self.size}"
+            )
+        return self
+
+
 class WandbConfig(Section):
     mode: Literal["disabled", "offline", "online"] = Field(
         "disabled", description="Weights & Biases: off, on disk only, or live."
@@ -321,6 +358,7 @@ class Recipe(Section):
     data: DataConfig = Field(description="What it trains on.")
     optim: OptimConfig = Field(OptimConfig(), description="How it is optimised.")
     train: TrainConfig = Field(description="How long, how much at a time, how often it reports and saves.")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="How many processes train together, and how.")
     logging: LoggingConfig = Field(LoggingConfig(), description="Where metrics go besides metrics.jsonl.")
 
     @model_validator(mode="after")
@@ -329,10 +367,12 @@ class Recipe(Section):
         rows, rest = divmod(tokens, seq_len)
         if rest:
             raise ValueError(f"train.global_batch_tokens={tokens} is not a multiple of data.seq_len={seq_len}")
-        if rows % micro_batch:
+        size = self.parallel.size
+        if rows % (size * micro_batch):
+            on_each = f" rows on each of {size} processes (parallel.replicate * parallel.shard)" if size > 1 else ""
             raise ValueError(
                 f"a global batch has {rows} rows (train.global_batch_tokens / data.seq_len), "
-                f"not a multiple of train.micro_batch={micro_batch}"
+                f"not a multiple of train.micro_batch={micro_batch}{on_each}"
             )
         if self.optim.warmup > self.train.total_steps:
             raise ValueError(

@@ -13,6 +13,8 @@ from torch import Tensor
 from slotmamba.batch import Batch, plan_source
 from slotmamba.config.schema import Recipe
 from slotmamba.models import SlotMamba
+from slotmamba.models.slotmamba import TokenLosses
+from slotmamba.world import World
 from slotmamba_data import Plan, Source, open_plan
 
 
@@ -54,13 +56,16 @@ class Validation:
         autocast: Callable[[], AbstractContextManager[object]],
         stop: Callable[[], bool] = lambda: False,
         measured: Callable[[int], None] = lambda rows: None,
+        world: World | None = None,
     ) -> list[dict[str, float | str]] | None:
         """One record a source: loss in nats a token, bits_per_token, recall/LENGTHxPAIRS of generated
         recall samples, recall/all of those from shards.
 
         `stop` is asked between batches; once it holds the measurement is given up and the result is None. `measured` is
-        told after each batch how many rows of a source, or of a recall setting, are done.
+        told after each batch how many rows of a source, or of a recall setting, are done. The processes of a `world`
+        share the rows; all get the same records, and all make the same number of forward passes.
         """
+        world = world or World.alone(device)
         training = model.training
         model.eval()
         records: dict[str, dict[str, float | str]] = {}
@@ -69,16 +74,16 @@ class Validation:
             for part in self._parts:
                 counts = torch.zeros(3, dtype=torch.float64)  # nats, correct, tokens
                 done = 0
-                for batch in self._batches(part.plan, device):
+                for batch, counted in self._batches(part.plan, device, world):
                     if stop():
                         return None
                     with autocast():
                         losses = model.losses(**batch.arguments())
-                    counts += (
-                        torch.stack([losses.nll, losses.correct, torch.ones_like(losses.nll)]).double().sum(1).cpu()
-                    )
-                    done += len(batch.input_ids)
+                    if counted:
+                        counts += _counts(losses)
+                    done = min(done + world.size * self._micro_batch, self._rows)
                     measured(done)
+                counts = world.sum(counts)
                 record = records.setdefault(part.source, {"source": part.source})
                 if part.recall is not None:
                     record[f"recall/{part.recall}"] = float(counts[1] / counts[2])
@@ -90,10 +95,18 @@ class Validation:
             records[source] |= {"loss": loss, "bits_per_token": loss / math.log(2)}
         return list(records.values())
 
-    def _batches(self, plan: Plan, device: torch.device) -> Iterator[Batch]:
-        for start in range(0, self._rows, self._micro_batch):
-            numbers = range(start, min(start + self._micro_batch, self._rows))
-            yield Batch.of([plan[number] for number in numbers], device)
+    def _batches(self, plan: Plan, device: torch.device, world: World) -> Iterator[tuple[Batch, bool]]:
+        """This process's micro-batches, and whether they count: where the rows do not go round, a process that has none
+        computes on a row that another one counts, because sharded weights are gathered by all together."""
+        for start in range(0, self._rows, world.size * self._micro_batch):
+            first = start + world.rank * self._micro_batch
+            numbers = range(first, min(first + self._micro_batch, self._rows))
+            yield Batch.of([plan[number] for number in numbers or [start]], device), len(numbers) > 0
+
+
+def _counts(losses: TokenLosses) -> Tensor:
+    """Nats, correct tokens, tokens."""
+    return torch.stack([losses.nll, losses.correct, torch.ones_like(losses.nll)]).double().sum(1).cpu()
 
 
 def _parts(source: Source) -> list[tuple[str | None, Source]]:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from slotmamba.models.initial import starts
 from slotmamba_kernels.bdlru import bdlru
 
 SHORTEST_MEMORY = 2.0
@@ -39,8 +40,10 @@ class BDLRU(nn.Module):
         self.v_proj = nn.Linear(d_model, d_model, bias=False)
         self.gate_proj = nn.Linear(d_model, d_model * (block_size + 1))
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
-        with torch.no_grad():
-            self.gate_proj.bias.copy_(_starting_gates(d_model // block_size, block_size).log().flatten())
+        starts(
+            self.gate_proj.bias,
+            lambda bias, _: bias.copy_(_starting_gates(d_model // block_size, block_size).log().flatten()),
+        )
         # Decay would pull the gates back to forgetting in m + 1 tokens.
         self.gate_proj.weight.no_weight_decay = True  # type: ignore[attr-defined]
 

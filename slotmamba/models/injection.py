@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slotmamba.config.schema import ModelConfig
+from slotmamba.models.initial import constant, normal, starts
 from slotmamba_kernels import SlotState
 
 START_SHARE = 0.1
@@ -43,7 +44,9 @@ class SlotInjection(nn.Module):
         super().__init__()
         self.heads, self.dim = config.n_heads, config.head_dim
         self.factors, self.factor_size = config.slots.factors, config.slots.factor_size
-        self.slot_embedding = nn.Parameter(torch.randn(self.factors, self.factor_size, self.dim) * 0.02)
+        self.slot_embedding = starts(
+            nn.Parameter(torch.empty(self.factors, self.factor_size, self.dim)), normal(0.02)
+        )
         self.slot_embedding.no_weight_decay = True  # type: ignore[attr-defined]
         self.q_hidden = nn.Linear(config.d_model, config.d_model, bias=False)
         self.q_content = nn.Linear(self.dim, self.dim, bias=False)
@@ -54,7 +57,7 @@ class SlotInjection(nn.Module):
         self.gate_k = nn.Linear(2 * self.dim, 1)
         self.gate_v = nn.Linear(2 * self.dim, 1)
         for gate in (self.gate_k, self.gate_v):
-            nn.init.constant_(gate.bias, math.log(START_SHARE / (1 - START_SHARE)))
+            starts(gate.bias, constant(math.log(START_SHARE / (1 - START_SHARE))))
 
     def project(self, encoder: EncoderOutput) -> EncoderMemory:
         """This layer's keys and values of the encoder's output: once a sequence, however many segments and steps."""

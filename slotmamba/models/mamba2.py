@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slotmamba.config.schema import SSMConfig
+from slotmamba.models.initial import constant, starts
 from slotmamba_kernels.ssd import ssd
 
 SHORTEST_STEP, LONGEST_STEP = 1e-3, 0.1
@@ -36,10 +37,9 @@ class Mamba2(nn.Module):
         convolved = width + 2 * config.state_size
         self.in_proj = nn.Linear(d_model, width + convolved + self.heads, bias=False)
         self.conv1d = nn.Conv1d(convolved, convolved, config.conv_size, groups=convolved, padding=config.conv_size - 1)
-        step = torch.exp(torch.empty(self.heads).uniform_(math.log(SHORTEST_STEP), math.log(LONGEST_STEP)))
-        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
-        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(SLOWEST_DECAY, FASTEST_DECAY).log())
-        self.D = nn.Parameter(torch.ones(self.heads))
+        self.dt_bias = starts(nn.Parameter(torch.empty(self.heads)), _starting_steps)
+        self.A_log = starts(nn.Parameter(torch.empty(self.heads)), _starting_decays)
+        self.D = starts(nn.Parameter(torch.empty(self.heads)), constant(1.0))
         self.norm = nn.RMSNorm(width, eps=1e-5)
         self.out_proj = nn.Linear(width, d_model, bias=False)
 
@@ -83,6 +83,15 @@ class BiMamba2(nn.Module):
         return _mix_in_order(self.forward_mixer, x, torch.where(valid, place, len(place))) + _mix_in_order(
             self.backward_mixer, x, torch.where(valid, -place, 1)
         )
+
+
+def _starting_steps(dt_bias: Tensor, generator: torch.Generator | None) -> None:
+    step = dt_bias.uniform_(math.log(SHORTEST_STEP), math.log(LONGEST_STEP), generator=generator).exp()
+    dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+
+def _starting_decays(a_log: Tensor, generator: torch.Generator | None) -> None:
+    a_log.uniform_(SLOWEST_DECAY, FASTEST_DECAY, generator=generator).log_()
 
 
 def _mix_in_order(mixer: Mamba2, x: Tensor, rank: Tensor) -> Tensor:

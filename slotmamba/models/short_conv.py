@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slotmamba.models.initial import starts
+
 
 class ShortConv(nn.Module):
     """y_t = sum_i w_i * x_(t-i) for i = 0 .. taps-1, channel by channel, over the tokens of t's own document.
@@ -16,9 +18,7 @@ class ShortConv(nn.Module):
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
         self.taps = taps
-        weight = torch.randn(channels, taps) * 0.1
-        weight[:, 1] += 1.0
-        self.weight = nn.Parameter(weight)
+        self.weight = starts(nn.Parameter(torch.empty(channels, taps)), _shift_by_one)
         self.weight.no_weight_decay = True  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor, doc_start: Tensor | None = None, window: Tensor | None = None) -> Tensor:
@@ -51,3 +51,8 @@ class ShortConv(nn.Module):
     def init_window(self, batch: int) -> Tensor:
         """[batch, taps - 1, channels]: nothing before the first token."""
         return self.weight.new_zeros(batch, self.taps - 1, len(self.weight))
+
+
+def _shift_by_one(weight: Tensor, generator: torch.Generator | None) -> None:
+    weight.normal_(0.0, 0.1, generator=generator)
+    weight[:, 1] += 1.0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slotmamba.config.schema import ModelConfig
 from slotmamba.models.injection import EncoderMemory, SlotInjection
+from slotmamba.models.initial import constant, starts, starts_like
 from slotmamba.models.short_conv import ShortConv
 from slotmamba.models.threading import SurpriseGate
 from slotmamba_kernels import SlotState, hksa, hksa_step_, kronecker_topk
@@ -80,24 +81,24 @@ class SlotMemory(nn.Module):
         self.write_address = nn.Linear(width, factors, bias=False)
         self.read_address = nn.Linear(width, factors, bias=False)
         # Reading starts with the hash that writing uses, so that a key finds what was written under it from step 1 on.
-        self.read_address.weight.data.copy_(self.write_address.weight.data)
+        starts_like(self.read_address.weight, self.write_address.weight)
         self.write_conv = ShortConv(factors, slots.address_conv) if slots.address_conv > 1 else None
         # Decay would pull the temperature back to 1 and addresses back to uniform: hksa.md section 8.
-        self.log_temperature = nn.Parameter(torch.full((2, self.heads), slots.log_temperature))
+        self.log_temperature = starts(nn.Parameter(torch.empty(2, self.heads)), constant(slots.log_temperature))
         self.log_temperature.no_weight_decay = True  # type: ignore[attr-defined]
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, steps * width, bias=False)
         self.u_k_proj = nn.Linear(width, steps * width, bias=False)
         self.u_v_proj = nn.Linear(width, steps * width, bias=False)
         self.beta_proj = nn.Linear(width, steps * self.heads)
-        self.decay_power = nn.Parameter(torch.zeros(self.heads))  # gamma = softplus
+        self.decay_power = self._head_parameter(0.0)  # gamma = softplus
         self.norm = nn.RMSNorm(self.dim)
         self.gate_proj = nn.Linear(width, width, bias=False)
         self.out_proj = nn.Linear(width, width, bias=False)
         # Without threading nothing looks at the surprise, so it is not computed.
         threaded = slots.thread_layers and config.decoder_layers > 1
-        self.surprise_mix = nn.Parameter(torch.zeros(self.heads)) if threaded else None  # a_s = sigmoid
-        self.surprise_memory = nn.Parameter(torch.full((self.heads,), 2.0)) if threaded else None  # eta = sigmoid
+        self.surprise_mix = self._head_parameter(0.0) if threaded else None  # a_s = sigmoid
+        self.surprise_memory = self._head_parameter(2.0) if threaded else None  # eta = sigmoid
         self.surprise_gate = SurpriseGate(self.heads) if threaded and layer > 0 else None
         self.injection = SlotInjection(config) if layer in config.decoder_inject_layers else None
 
@@ -179,6 +180,9 @@ class SlotMemory(nn.Module):
         if self.surprise_gate is None or below is None:
             return own
         return self.surprise_gate(own, below)
+
+    def _head_parameter(self, start: float) -> nn.Parameter:
+        return starts(nn.Parameter(torch.empty(self.heads)), constant(start))
 
     def _segment(
         self,

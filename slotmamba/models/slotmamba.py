@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slotmamba.config.schema import Checkpointing, ModelConfig
 from slotmamba.models.decoder import Decoder, DecoderState
 from slotmamba.models.encoder import Encoder
+from slotmamba.models.initial import normal, starts
 from slotmamba.models.injection import EncoderOutput
 from slotmamba.models.layers import OutputMatrix
 from slotmamba.sampling import generate
@@ -42,13 +43,13 @@ class _SlotMamba(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        starts(self.embedding.weight, normal(0.02))
         self.decoder = Decoder(config)
         self.output = OutputMatrix(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight
         else:
-            nn.init.normal_(self.output.weight, std=0.02)
+            starts(self.output.weight, normal(0.02))
 
     def save_memory(self, checkpointing: Checkpointing, sequence_chunks: int = 1) -> None:
         """Has the backward pass compute again what it would otherwise keep. Values without gradients stay as they are.
@@ -200,5 +201,8 @@ SlotMamba = SlotMambaForCausalLM | SlotMambaForSeq2Seq
 
 
 def build_model(config: ModelConfig) -> SlotMamba:
-    """The model that a recipe's model section describes, with fresh weights from torch's random state."""
+    """The model that a recipe's model section describes, with fresh weights from torch's random state.
+
+    Training starts from `slotmamba.models.initial.InitialWeights` instead, which do not depend on how it is built.
+    """
     return SlotMambaForSeq2Seq(config) if config.encoder_layers else SlotMambaForCausalLM(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from slotmamba.models.initial import constant, starts
 from slotmamba_kernels import SlotState, thread_slots
 
 OWN_SHARE = 0.9
@@ -20,8 +21,8 @@ class SurpriseGate(nn.Module):
 
     def __init__(self, heads: int) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.full((heads,), OWN_SHARE).logit())
-        self.slope = nn.Parameter(torch.zeros(heads))
+        self.bias = starts(nn.Parameter(torch.empty(heads)), lambda bias, _: bias.fill_(OWN_SHARE).logit_())
+        self.slope = starts(nn.Parameter(torch.empty(heads)), constant(0.0))
 
     def forward(self, own: SlotState, below: SlotState) -> SlotState:
         """Memories of the document alive at the end of a segment -> the memory that the next segment starts from."""

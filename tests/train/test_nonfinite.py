@@ -59,9 +59,9 @@ def injection(monkeypatch: pytest.MonkeyPatch) -> Injection:
     read, compute = PlanReader.next_batch, SlotMambaForCausalLM.losses
     step = 0
 
-    def next_batch(reader: PlanReader, rows: int) -> list[Row]:
+    def next_batch(reader: PlanReader, rows: int, *part: int) -> list[Row]:
         nonlocal step
-        batch = read(reader, rows)
+        batch = read(reader, rows, *part)
         step = reader.samples_consumed // rows
         injection.at_step(step)
         return batch

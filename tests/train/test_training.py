@@ -18,6 +18,7 @@ from slotmamba.config import Recipe
 from slotmamba.device import compute_precision
 from slotmamba.evaluate.validation import Validation
 from slotmamba.models import build_model
+from slotmamba.models.initial import InitialWeights
 from slotmamba.schedule import learning_rate
 from slotmamba.train import train
 from slotmamba_data import MQARSetting, MQARSpec, build_mqar, open_plan
@@ -52,8 +53,8 @@ def assert_close(left: list[dict[str, Any]], right: list[dict[str, Any]], tolera
 
 def test_the_loss_is_the_mean_over_the_labelled_tokens_of_the_step(runs: Runs, tmp_path: Path) -> None:
     recipe = runs.recipe(tmp_path, "train.steps=1", "optim.warmup=0", "seed=5")
-    torch.manual_seed(recipe.seed)
     model = build_model(recipe.model)
+    InitialWeights(model, recipe.seed).fill(model)
     plan = open_plan(list(map(plan_source, recipe.data.sources)), recipe.data.seq_len, recipe.seed)
     nats: dict[str, list[float]] = defaultdict(list)
     for number in range(recipe.rows_per_step):
