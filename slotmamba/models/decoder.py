@@ -128,7 +128,9 @@ class DecoderLayer(nn.Module):
                 self.attention_norm(x), attended, None if doc_start is None else doc_start[:, span],
                 None if valid is None else valid[:, :stop],
             )  # fmt: skip
-            attended = [*attended, own]
+            if not last:
+                # A copy: the values are part of a larger tensor, which would be kept with them.
+                attended = [*attended, KVCache(own.keys, own.values.clone())]
             x = x + y
         doc_start = shift(doc_start, span)
         valid = None if valid is None else valid[:, span]
