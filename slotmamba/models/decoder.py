@@ -50,7 +50,7 @@ class ChunkState:
 
 @dataclass(frozen=True)
 class ChunkOutput:
-    """x [B, T, C]; the state, None after the last chunk; `ends` and `use` as in SlotOutput."""
+    """x [B, T, C]; the state, None after the last chunk; `ends` and `use` as `SlotMemory` returns them."""
 
     x: Tensor
     state: ChunkState | None
@@ -136,7 +136,7 @@ class DecoderLayer(nn.Module):
         valid = None if valid is None else valid[:, span]
         y, lru = self.lru(self.lru_norm(x), None if state is None else state.lru, doc_start, valid)
         x = x + y
-        slots = self.slots(
+        y, ends, window, use = self.slots(
             self.slots_norm(x),
             segments=[slice(segment.start - start, segment.stop - start) for segment in segments],
             below=below,
@@ -147,8 +147,8 @@ class DecoderLayer(nn.Module):
             encoder=encoder,
             return_state=not last,
         )
-        after = None if last else ChunkState(lru, slots.ends[-1], slots.window, attended)
-        return ChunkOutput(self._mlp(x + slots.y), after, slots.ends, slots.use)
+        after = None if last else ChunkState(lru, ends[-1], window, attended)
+        return ChunkOutput(self._mlp(x + y), after, ends, use)
 
     def step(self, x: Tensor, state: LayerState, *, consume: bool = False) -> tuple[Tensor, LayerState]:
         """One token: x [B, C] -> x [B, C] and the state after it. consume: as in `SlotMemory.step`."""

@@ -44,9 +44,7 @@ class SlotInjection(nn.Module):
         super().__init__()
         self.heads, self.dim = config.n_heads, config.head_dim
         self.factors, self.factor_size = config.slots.factors, config.slots.factor_size
-        self.slot_embedding = starts(
-            nn.Parameter(torch.empty(self.factors, self.factor_size, self.dim)), normal(0.02)
-        )
+        self.slot_embedding = starts(nn.Parameter(torch.empty(self.factors, self.factor_size, self.dim)), normal(0.02))
         self.slot_embedding.no_weight_decay = True  # type: ignore[attr-defined]
         self.q_hidden = nn.Linear(config.d_model, config.d_model, bias=False)
         self.q_content = nn.Linear(self.dim, self.dim, bias=False)

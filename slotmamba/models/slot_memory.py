@@ -48,21 +48,6 @@ class SlotLayerState:
     window: Tensor | None
 
 
-@dataclass(frozen=True)
-class SlotOutput:
-    """What the layer makes of a stretch of tokens.
-
-    y: [B, T, C]; ends: the memory at the end of each segment, but for one after which nobody takes it over; window: as
-    in SlotLayerState, after the last token; use: [2, B, H, U, p] the distributions of the factors of write and read
-    addresses, summed over the tokens.
-    """
-
-    y: Tensor
-    ends: list[SlotState]
-    window: Tensor | None
-    use: Tensor
-
-
 class SlotMemory(nn.Module):
     """One layer's slot memory: y = W_o(RMSNorm_head(o) * silu(W_g x)), o read from the slots that x also writes.
 
@@ -114,7 +99,7 @@ class SlotMemory(nn.Module):
         valid: Tensor | None = None,
         encoder: EncoderMemory | None = None,
         return_state: bool = False,
-    ) -> SlotOutput:
+    ) -> tuple[Tensor, list[SlotState], Tensor | None, Tensor]:
         """Runs the memory over the tokens, segment by segment.
 
         Args:
@@ -127,6 +112,11 @@ class SlotMemory(nn.Module):
             valid: [B, T], False for padding, which writes nothing.
             encoder: output of the encoder, for layers with injection.
             return_state: whether tokens follow, so that somebody takes over the memory after the last segment.
+
+        Returns:
+            y [B, T, C]; the memory at the end of each segment, of the last one with return_state only; the window after
+            x; what `balance` needs of x: [2, B, H, U, p], the distributions of the factors of write and read addresses,
+            summed over the tokens.
         """
         write_logits, window_after = _float32(self.write_address, x), None
         if self.write_conv is not None:
@@ -145,7 +135,7 @@ class SlotMemory(nn.Module):
             outputs.append(o)
             if memory is not None:
                 ends.append(memory)
-        return SlotOutput(self._output(torch.cat(outputs, 1), x), ends, window_after, use)
+        return self._output(torch.cat(outputs, 1), x), ends, window_after, use
 
     def step(
         self, x: Tensor, state: SlotLayerState, encoder: EncoderMemory | None, *, consume: bool = False
