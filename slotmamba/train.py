@@ -159,12 +159,10 @@ class Trainer:
         return [f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys if key != "run_dir"]
 
     def _opening(self) -> str:
-        parameters = sum(parameter.numel() for parameter in self.engine.model.parameters())
         processes = f" of {self.world.size} processes" if self.world.size > 1 else ""
         start = "starts" if self.step == 0 else f"resumes after step {self.step} (row {self.reader.samples_consumed})"
-        return (
-            f"{self.recipe.name}: {start}, {parameters:,} parameters on {self.world.device}{processes}, {self.run_dir}"
-        )
+        where = f"on {self.world.device}{processes}"
+        return f"{self.recipe.name}: {start}, {self.engine.parameters:,} parameters {where}, {self.run_dir}"
 
     def _loop(self, total: int, stop: StopFlag, progress: Progress) -> None:
         settings = self.recipe.train

@@ -26,6 +26,8 @@ class Engine(ABC):
     model: SlotMamba
     """The bare model: for names, validation and generation; its parameters are shards under fsdp2 and ZeRO-3."""
     optimizer: torch.optim.Optimizer
+    parameters: int
+    """Numbers of the whole model's parameters."""
 
     @abstractmethod
     def losses(self, **arguments: Tensor) -> TokenLosses:

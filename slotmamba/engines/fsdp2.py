@@ -1,4 +1,4 @@
-"""FSDP2 and HSDP: every block's parameters, gradients and optimizer states are shards, gathered while the block runs."""
+"""FSDP2 and HSDP: parameters, gradients and optimizer states are shards; a block's are gathered while it runs."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ def _mesh(parallel: ParallelConfig, device: torch.device) -> DeviceMesh:
     """Groups of `shard` neighbouring processes hold the model together; with several groups this is HSDP."""
     if parallel.replicate == 1:
         return init_device_mesh(device.type, (parallel.shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(
-        device.type, (parallel.replicate, parallel.shard), mesh_dim_names=("replicate", "shard")
-    )
+    return init_device_mesh(device.type, (parallel.replicate, parallel.shard), mesh_dim_names=("replicate", "shard"))
 
 
 def _blocks(model: SlotMamba) -> list[nn.Module]:

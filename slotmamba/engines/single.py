@@ -26,6 +26,7 @@ class SingleEngine(Engine):
         torch.manual_seed(recipe.seed)
         self.model, decayed = self._prepare(recipe, world)
         self.optimizer = build_optimizer(self.model, recipe.optim, decayed)
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self._checked = False
 
     def _prepare(self, recipe: Recipe, world: World) -> tuple[SlotMamba, set[str]]:

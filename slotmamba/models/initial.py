@@ -74,8 +74,10 @@ class InitialWeights:
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         assert not any(True for _ in skeleton.buffers()), "buffers would need values too"
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters)
+    @property
+    def numel(self) -> int:
+        """Numbers of all parameters together."""
+        return sum(parameter.numel() for parameter in self._parameters.values())
 
     def values(self, name: str) -> Tensor:
         """The whole parameter, float32 on the CPU."""

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slotmamba.config.schema import ModelConfig
-from slotmamba.models.injection import EncoderMemory, SlotInjection
 from slotmamba.models.initial import constant, starts, starts_like
+from slotmamba.models.injection import EncoderMemory, SlotInjection
 from slotmamba.models.short_conv import ShortConv
 from slotmamba.models.threading import SurpriseGate
 from slotmamba_kernels import SlotState, hksa, hksa_step_, kronecker_topk
