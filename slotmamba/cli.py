@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from slotmamba.errors import InputError, SlotMambaError, suggestion
+from slotmamba.errors import InputError, suggestion
+from slotmamba.outcome import DONE, FAILURE, outcome
 from slotmamba_data.cli import add_data_commands
 
 if TYPE_CHECKING:
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
     Handler = Callable[[argparse.Namespace], int]
-
-DONE, FAILURE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-BAD_PATH_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
 class UsageError(InputError):
@@ -50,7 +48,12 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = Parser(prog="slotmamba", description="Train and use SlotMamba language models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_recipe_command(commands, "train", _train, "train a model; the same command again resumes the run")
+    train = _add_recipe_command(commands, "train", _train, "train a model; the same command again resumes the run")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build and shard the model for all processes on this one, and run nothing",
+    )
     validate = _add_recipe_command(
         commands,
         "validate",
@@ -123,9 +126,18 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
 
 def _train(args: argparse.Namespace) -> int:
     recipe = _load_recipe(args)  # before the slow import: a wrong key should show at once
+    if args.dry_run:
+        from slotmamba.dry_run import dry_run
+
+        print(dry_run(recipe))
+        return DONE
+    from slotmamba.config.duration import seconds
     from slotmamba.signals import StopFlag
 
-    with StopFlag() as stop:  # before the slow import: a signal in the first seconds should not be lost
+    limit = recipe.train.time_limit
+    with StopFlag(
+        seconds(limit) if limit else None
+    ) as stop:  # before the slow import: a signal in the first seconds should not be lost
         from slotmamba.train import train
 
         return train(recipe, stop)
@@ -199,14 +211,6 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _missing_package(error: ModuleNotFoundError) -> str | None:
-    """Which extra to install for a package that is optional; None for anything else, which is a bug."""
-    from slotmamba.dependencies import extra_that_installs, install_command
-
-    extra = extra_that_installs(error.name or "")
-    return extra and f"this needs the package {error.name}, which is not installed: {install_command(extra)}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; ``--help`` leaves through SystemExit(0), as argparse does."""
     # Read when torch loads OpenMP, that is, in the handlers. A thread that spins while it waits for one that has lost
@@ -221,20 +225,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes stdout once more at exit, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
-    except ModuleNotFoundError as error:
-        message = _missing_package(error)
-        if message is None:
+    except (Exception, KeyboardInterrupt) as error:
+        known = outcome(error)
+        if known is None:
             raise
-        return _fail(message, FAILURE)
-    except InputError as error:
-        return _fail(str(error), BAD_INPUT)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
-        return _fail(message, BAD_INPUT if isinstance(error, BAD_PATH_ERRORS) else FAILURE)
-    except SlotMambaError as error:
-        return _fail(str(error), FAILURE)
+        return _fail(known.message, known.code)
 
 
 if __name__ == "__main__":

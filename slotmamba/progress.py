@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -12,6 +13,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+logger = logging.getLogger(__name__)
 
 _FORMATS = {
     "loss": "loss {:.4f}",
@@ -74,7 +77,10 @@ class Progress:
             self.message(f"step {step}/{self._total}  {_values(record)}  {self._time_left(step)} left")
 
     def message(self, text: str) -> None:
-        """Show a line that stays. Once nobody reads the output any more nothing is shown: that does not end a run."""
+        """Show a line that stays, and log it. Once nobody reads the output any more nothing is shown: that does not
+        end a run."""
+        if not self._console.quiet:
+            logger.info("%s", text)
         try:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
             self._console.file.flush()

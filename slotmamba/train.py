@@ -14,7 +14,7 @@ from rich.console import Console
 
 from slotmamba.allocator import keep_freed_memory
 from slotmamba.batch import check_data, plan_source
-from slotmamba.checkpoint import CheckpointStore
+from slotmamba.checkpoint import CheckpointStore, Group
 from slotmamba.config import load_recipe, save_recipe
 from slotmamba.config.schema import Recipe
 from slotmamba.device import compute_precision
@@ -22,6 +22,7 @@ from slotmamba.engines import build_engine, check_layout
 from slotmamba.environment import describe_environment
 from slotmamba.errors import InputError, TrainingError
 from slotmamba.evaluate.validation import Validation
+from slotmamba.faults import Limits, Watch, keep_flight_record, rank_log, watched
 from slotmamba.files import write_json
 from slotmamba.global_step import GlobalStep, StepResult
 from slotmamba.metrics import MetricsLog
@@ -40,7 +41,9 @@ logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, stop: StopFlag | None = None) -> int:
-    """Trains a recipe to its last step, or until SIGINT or SIGTERM asks it to save and stop. Returns the exit code 0.
+    """Trains a recipe to its last step, or until `stop` asks it to save and end. Returns the exit code 0.
+
+    Among several processes an exception in one ends all of them (`slotmamba.faults`) and is not raised.
 
     Args:
         recipe: what to train.
@@ -55,31 +58,42 @@ def train(recipe: Recipe, stop: StopFlag | None = None) -> int:
     if stop is None:
         with StopFlag() as stop:
             return train(recipe, stop)
-    with joined(recipe.train.device) as world:
+    logs, limits = recipe.run_path / "logs", Limits.of(recipe.parallel)
+    keep_flight_record(logs)
+    with joined(recipe.train.device, limits.first_collective) as world, watched(world) as watch:
         check_layout(recipe, world.size)
         missing = missing_data(recipe)
         if missing:
             raise InputError("\n".join(missing))
         if world.device.type == "cpu":
             keep_freed_memory()
-        with _locked(recipe.run_path, world), closing(Trainer(recipe, world)) as trainer:
-            trainer.run(stop)
+        with _locked(recipe.run_path, world), rank_log(logs, world):
+            watch.begin(logs, limits)
+            with closing(Trainer(recipe, world, watch)) as trainer:
+                trainer.run(stop)
     return 0
 
 
 class Trainer:
     """Everything that a run holds, restored from its newest checkpoint when there is one."""
 
-    def __init__(self, recipe: Recipe, world: World) -> None:
+    def __init__(self, recipe: Recipe, world: World, watch: Watch) -> None:
         self.recipe = recipe
         self.world = world
+        self.watch = watch
+        watch.beat(0, "building the model")
         self.run_dir = recipe.run_path
         self.engine = build_engine(recipe, world)
         self.train_step = GlobalStep(recipe, self.engine)
         self.plan = open_plan([plan_source(source) for source in recipe.data.sources], recipe.data.seq_len, recipe.seed)
         self.validation = Validation(recipe)
         check_data(recipe, [self.plan, *self.validation.plans])
-        self.store = CheckpointStore(self.run_dir, recipe.train.checkpoint.keep, recipe.model.model_dump(mode="json"))
+        self.store = CheckpointStore(
+            self.run_dir,
+            recipe.train.checkpoint.keep,
+            recipe.model.model_dump(mode="json"),
+            Group(world.rank, world.size),
+        )
         self.step = 0
         self.reader = PlanReader(self.plan)
         self.labelled_tokens = 0
@@ -92,7 +106,7 @@ class Trainer:
     def _resume(self) -> None:
         """Goes on from the newest checkpoint, if there is one."""
         self.store.clean()
-        found = self.store.load_latest(self.engine.model, self.engine.optimizer)
+        found = self.store.load_latest(self.engine.contents())
         if found is None:
             return
         self.step, progress = found
@@ -120,7 +134,7 @@ class Trainer:
                 progress.message(f"the recipe has changed since the run was last started: {'; '.join(changes)}")
                 self._write({"kind": "recipe", "step": self.step, "changes": changes})
             self._loop(total, stop, progress)
-            self._save()
+            self._save(stop, ending=True)
             if self.step < total or self.validation_due:
                 progress.message(
                     f"{stop.requested}: saved at step {self.step} of {total}; the same command resumes: {self.run_dir}"
@@ -131,6 +145,7 @@ class Trainer:
                 progress.message(f"  {plot}")
 
     def close(self) -> None:
+        self.store.abandon()
         self.plan.close()
         self.validation.close()
 
@@ -169,10 +184,19 @@ class Trainer:
         if self.validation_due:
             self._validate(stop, progress)
         clock, logged_step = time.monotonic(), self.step
-        while self.step < total and not self.world.any(bool(stop)):
+        first = True
+        while self.step < total and not self._asked_to_stop(stop, "training"):
+            with self._saving():
+                self.store.poll(lambda written: not self.world.any(not written))
+            began = time.monotonic()
             lr = learning_rate(self.recipe.optim, self.step, total)
             result = self.train_step(self.reader, lr)
             self.step += 1
+            if first:  # it compiles and fills caches, as no later one does
+                self.watch.first_step_done()
+                first = False
+            else:
+                stop.took("step", time.monotonic() - began)
             self.labelled_tokens += result.labelled_tokens
             self._check_skips(result)
             last = self.step == total
@@ -185,8 +209,15 @@ class Trainer:
                 self._validate(stop, progress)
                 clock, logged_step = time.monotonic(), self.step
             if self.step % settings.checkpoint.every == 0 and not last:
-                self._save()
+                self._save(stop)
                 clock, logged_step = time.monotonic(), self.step
+
+    def _asked_to_stop(self, stop: StopFlag, phase: str) -> bool:
+        """Whether all processes stop here, where they wait for one another before they go on in `phase`."""
+        self.watch.beat(self.step, phase, waiting=True)
+        asked = stop.agreed(self.world)
+        self.watch.beat(self.step, phase)
+        return asked
 
     def _check_skips(self, result: StepResult) -> None:
         """Stops at a loss or gradient that is not finite, or counts it, as the recipe says."""
@@ -219,7 +250,11 @@ class Trainer:
 
     def _validate(self, stop: StopFlag, progress: Progress) -> None:
         records = self.validation.run(
-            self.engine.model, self.world.device, self._autocast, lambda: self.world.any(bool(stop)), world=self.world
+            self.engine.model,
+            self.world.device,
+            self._autocast,
+            lambda: self._asked_to_stop(stop, "validation"),
+            world=self.world,
         )
         self.validation_due = records is None
         for record in records or []:
@@ -234,8 +269,12 @@ class Trainer:
             self.metrics.write(record)
             self.tracker.log(record)
 
-    def _save(self) -> None:
-        """Saves unless the checkpoint of this very state is there already."""
+    def _save(self, stop: StopFlag, ending: bool = False) -> None:
+        """Saves unless the checkpoint of this very state is there already; at the end of the run one has to be."""
+        began = time.monotonic()
+        self.watch.beat(self.step, "saving")
+        with self._saving():
+            self.store.wait()
         if self.saved == (self.step, self.validation_due):
             return
         if self.world.is_main:
@@ -247,8 +286,25 @@ class Trainer:
             "validation_due": self.validation_due,
             "tracker": self.tracker.state() if self.world.is_main else None,
         }
-        self.store.save(self.step, self.engine.model, self.engine.optimizer, progress)
-        self.saved = self.step, self.validation_due
+        with self._saving(ending):
+            self.saved = self.step, self.validation_due
+            if self.recipe.train.checkpoint.in_background and not ending:
+                self.store.start_saving(self.step, self.engine.contents(), progress)
+            else:
+                self.store.save(self.step, self.engine.contents(), progress)
+        stop.took("save", time.monotonic() - began)
+
+    @contextmanager
+    def _saving(self, needed: bool = False) -> Iterator[None]:
+        """What the recipe says to do when a checkpoint cannot be written; `needed`: the run must not end without it."""
+        try:
+            yield
+        except OSError as error:
+            self.saved = None
+            if needed or self.recipe.train.checkpoint.on_error == "stop":
+                raise
+            if self.world.is_main:
+                logger.warning("%s; training goes on (train.checkpoint.on_error=continue)", error)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return compute_precision(self.world.device, self.recipe.train.precision)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -75,7 +76,7 @@ class World:
 
 
 @contextmanager
-def joined(device_setting: str) -> Iterator[World]:
+def joined(device_setting: str, timeout: float) -> Iterator[World]:
     """Joins the processes that torchrun, or a launcher that sets the same variables, has started together.
 
     Without these variables the world is this process alone, and nothing is initialised. Communication of CPU tensors
@@ -83,6 +84,7 @@ def joined(device_setting: str) -> Iterator[World]:
 
     Args:
         device_setting: the recipe's train.device; on GPUs each process takes the one with its local rank.
+        timeout: seconds that the processes wait for one another, now and in each collective until it is changed.
 
     Raises:
         InputError: the variables are incomplete, or there are fewer GPUs than processes on this machine.
@@ -93,7 +95,7 @@ def joined(device_setting: str) -> Iterator[World]:
         if "RANK" not in given and "WORLD_SIZE" not in given:
             yield World.alone(device)
         else:
-            yield _join(device, [name for name in _VARIABLES if name not in given])
+            yield _join(device, [name for name in _VARIABLES if name not in given], timeout)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -107,7 +109,7 @@ def ensure_process_group(world: World) -> None:
         dist.init_process_group(_backend(world.device), store=store, rank=0, world_size=1)
 
 
-def _join(device: torch.device, missing: list[str]) -> World:
+def _join(device: torch.device, missing: list[str], timeout: float) -> World:
     if missing:
         raise InputError(
             f"RANK or WORLD_SIZE is set, but not {', '.join(missing)}: start the processes with torchrun, "
@@ -123,7 +125,7 @@ def _join(device: torch.device, missing: list[str]) -> World:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group(_backend(device))
+    dist.init_process_group(_backend(device), timeout=timedelta(seconds=timeout))
     return World(rank, size, local_rank, device)
 
 

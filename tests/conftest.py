@@ -43,7 +43,7 @@ SaveRun = Callable[["Recipe"], Path]
 
 @pytest.fixture(scope="session")
 def save_run() -> SaveRun:
-    from slotmamba.checkpoint import CheckpointStore
+    from slotmamba.checkpoint import CheckpointStore, TensorContents
     from slotmamba.config import save_recipe
     from slotmamba.models import build_model
     from slotmamba.optim import build_optimizer
@@ -53,7 +53,7 @@ def save_run() -> SaveRun:
         torch.manual_seed(recipe.seed)
         model = build_model(recipe.model)
         store = CheckpointStore(recipe.run_path, keep=1, model_config=recipe.model.model_dump(mode="json"))
-        store.save(1, model, build_optimizer(model, recipe.optim), {})
+        store.save(1, TensorContents(model, build_optimizer(model, recipe.optim)), {})
         save_recipe(recipe, recipe.run_path / "recipe.yaml")
         return recipe.run_path
 

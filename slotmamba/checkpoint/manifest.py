@@ -13,7 +13,7 @@ from slotmamba.errors import SlotMambaError
 from slotmamba.files import write_json
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class DamagedCheckpointError(SlotMambaError):
@@ -42,6 +42,12 @@ class Manifest:
     """Updates that the optimizer has made: less than ``step`` where steps were skipped."""
     finite: bool
     """Every weight and optimizer moment is finite."""
+    engine: str
+    """The recipe's parallel.engine. Those of single and fsdp2 can be read by either, on any number of processes."""
+    zero_stage: int | None
+    """The recipe's parallel.zero_stage for deepspeed."""
+    world_size: int
+    """Processes that wrote it."""
     model: dict[str, Any]
     """The recipe's model section."""
     progress: dict[str, Any]
@@ -49,7 +55,7 @@ class Manifest:
     aliases: dict[str, str]
     """Tied weights: the name that is not stored -> the name that is."""
     files: dict[str, FileRecord]
-    """Every other file of the folder."""
+    """Every other file of the folder, by its path in there."""
     tensors: dict[str, str]
     """sha256 digests of a sample of the tensors."""
     torch: str
@@ -126,23 +132,25 @@ def _digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def record_files(checkpoint: Path) -> dict[str, FileRecord]:
-    """Size and sha256 of every file in the folder."""
-    return {path.name: FileRecord.of(path) for path in sorted(checkpoint.iterdir())}
+def list_files(checkpoint: Path) -> list[str]:
+    """Paths of all files in the folder and below it, relative to it."""
+    return sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file())
 
 
-def verify_files(checkpoint: Path, manifest: Manifest) -> None:
-    """Compare every file's size, then sha256, with the manifest.
+def verify_files(checkpoint: Path, manifest: Manifest, rank: int = 0, size: int = 1) -> None:
+    """Compare each file's size, then sha256, with the manifest: all, or every ``size``-th from number ``rank`` on.
+
+    So ``size`` processes verify them together.
 
     Raises:
         DamagedCheckpointError: a file is missing, cannot be read or differs; the text names it.
     """
-    for name, expected in manifest.files.items():
-        path = checkpoint / name
+    for name in sorted(manifest.files)[rank::size]:
+        path, expected = checkpoint / name, manifest.files[name]
         try:
-            size = path.stat().st_size
-            if size != expected.bytes:
-                raise DamagedCheckpointError(f"{path} has {size} bytes, {expected.bytes} were written")
+            bytes_found = path.stat().st_size
+            if bytes_found != expected.bytes:
+                raise DamagedCheckpointError(f"{path} has {bytes_found} bytes, {expected.bytes} were written")
             if FileRecord.of(path) != expected:
                 raise DamagedCheckpointError(f"{path} is damaged: its sha256 differs from the manifest's")
         except OSError as error:

@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 from slotmamba.checkpoint import state
+from slotmamba.checkpoint.contents import check_digests
+from slotmamba.checkpoint.group import Group
 from slotmamba.checkpoint.manifest import (
     MANIFEST,
-    DamagedCheckpointError,
     claimed_steps,
     read_manifest,
     step_name,
     verify_files,
 )
 from slotmamba.checkpoint.newest import load_newest
-from slotmamba.checkpoint.tensors import digests, read_tensors, stored_tensors
+from slotmamba.checkpoint.tensors import read_tensors, stored_tensors
 from slotmamba.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -90,12 +91,11 @@ def _load(folder: Path, device: torch.device | str) -> nn.Module:
     # The initial weights, all replaced below, are not to take numbers from the caller's random stream.
     with torch.random.fork_rng(devices=[]):
         model = build_model(_config(manifest.model, folder))
-    state.check_model(model, stored_tensors(folder), folder)
     tensors = state.model_tensors(model)
+    state.check_model(tensors, stored_tensors(folder), folder)
     read_tensors(folder, tensors)
     written = {name: digest for name, digest in manifest.tensors.items() if name in tensors}
-    if digests(tensors, written) != written:
-        raise DamagedCheckpointError(f"{folder}: the tensors read differ from those written")
+    check_digests(folder, tensors, written, Group())
     return model.to(device).eval()
 
 

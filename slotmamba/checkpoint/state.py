@@ -39,18 +39,28 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state of every parameter that has one; it shares memory with the optimizer's own."""
-    return {
-        f"{_OPTIMIZER}{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    states = {name: optimizer.state[each] for name, each in model.named_parameters() if each in optimizer.state}
+    assert len(states) == len(optimizer.state), (
+        "the optimizer holds the model's own parameters, and the model shows them"
+    )
+    return {f"{_OPTIMIZER}{name}.{key}": value for name, each in states.items() for key, value in each.items()}
 
 
-def empty_optimizer_tensors(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Uninitialised CPU tensors for the optimizer states among the ``stored`` ones."""
-    return {
-        name: torch.empty_like(tensor, device="cpu") for name, tensor in stored.items() if name.startswith(_OPTIMIZER)
-    }
+def empty_optimizer_tensors(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Uninitialised tensors for the optimizer states among the ``stored`` ones.
+
+    What has the shape of its parameter is sharded as that is; all else is whole, on the CPU.
+    """
+    parameters = dict(model.named_parameters())
+    empty = {}
+    for name, tensor in stored.items():
+        if name.startswith(_OPTIMIZER):
+            parameter = parameters[_split(name)[0]].detach()
+            alike = tensor.ndim > 0 and tensor.shape == parameter.shape
+            empty[name] = torch.empty_like(
+                parameter if alike else tensor, dtype=tensor.dtype, device=None if alike else "cpu"
+            )
+    return empty
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -73,13 +83,12 @@ def update_count(optimizer: torch.optim.Optimizer) -> int:
     return max((int(state["step"]) for state in optimizer.state.values()), default=0)
 
 
-def check_model(model: nn.Module, stored: Mapping[str, Tensor], checkpoint: Path) -> None:
-    """Compare names, shapes and dtypes of the model's tensors with the ``stored`` ones.
+def check_model(here: Mapping[str, Tensor], stored: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Compare names, shapes and dtypes of the model's tensors ``here`` with the ``stored`` ones.
 
     Raises:
         InputError: they differ; the text names the first tensor that does.
     """
-    here = model_tensors(model)
     there = {name: tensor for name, tensor in stored.items() if name.startswith(_MODEL)}
     for name in sorted(here.keys() | there.keys()):
         ours = _describe(here[name]) if name in here else "missing"

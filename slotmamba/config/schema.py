@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from slotmamba.config.duration import Duration
 from slotmamba_data import mqar_spec
 
 # A name becomes part of file names and metric names.
@@ -257,8 +258,19 @@ class OptimConfig(Section):
 
 
 class CheckpointConfig(Section):
+    # `async` is a word of Python's.
+    model_config = ConfigDict(serialize_by_alias=True)
+
     every: int = Field(500, ge=1, description="Steps between checkpoints.")
     keep: int = Field(2, ge=1, description="Committed checkpoints to keep.")
+    in_background: bool = Field(
+        False,
+        alias="async",
+        description="Train on while a thread writes a copy of the state in CPU memory; not with deepspeed.",
+    )
+    on_error: Literal["stop", "continue"] = Field(
+        "stop", description="A checkpoint that cannot be written (disk full): stop, or warn and try again at the next."
+    )
 
 
 class TrainConfig(Section):
@@ -287,6 +299,9 @@ class TrainConfig(Section):
         "stop", description="A loss or gradient that is not finite: stop, or skip the step."
     )
     max_skips: int = Field(10, ge=1, description="Skipped steps in a row after which `skip` stops too.")
+    time_limit: Duration | None = Field(
+        None, description="Wall time from the start of the command by which the run is to have saved and stopped."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -316,6 +331,13 @@ class ParallelConfig(Section):
     )
     cpu_offload: bool = Field(
         False, description="fsdp2: keep parameters, gradients and optimizer states in CPU memory; deepspeed: the last."
+    )
+
+    first_step_timeout: Duration = Field(
+        "1h", description="Longest wait for the first step, which compiles and fills caches, before the job is ended."
+    )
+    step_timeout: Duration = Field(
+        "10m", description="The same for every step, validation batch and save after it: processes hang, or one does."
     )
 
     @property
@@ -374,6 +396,8 @@ class Recipe(Section):
                 f"a global batch has {rows} rows (train.global_batch_tokens / data.seq_len), "
                 f"not a multiple of train.micro_batch={micro_batch}{on_each}"
             )
+        if self.train.checkpoint.in_background and self.parallel.engine == "deepspeed":
+            raise ValueError("train.checkpoint.async needs parallel.engine single or fsdp2: DeepSpeed saves in place")
         if self.optim.warmup > self.train.total_steps:
             raise ValueError(
                 f"optim.warmup={self.optim.warmup} is more than the {self.train.total_steps} steps of the run"

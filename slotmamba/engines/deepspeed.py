@@ -64,7 +64,7 @@ class DeepSpeedEngine(Engine):
     """DeepSpeed's, which wraps torch's AdamW."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
-        deepspeed = _import_quietly(world)
+        deepspeed = import_quietly(world)
         ensure_process_group(world)
         deepspeed.init_distributed(verbose=False)  # takes the process group that is there
         torch.manual_seed(recipe.seed)
@@ -126,6 +126,10 @@ class DeepSpeedEngine(Engine):
         states = self.optimizer.optimizer.state
         steps = {int(state["step"]) for state in states.values() if "step" in state}
         assert len(steps) <= 1
+        if self._stage < 3:
+            # DeepSpeed does this once, when only the first of the parameter groups has states.
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
         gathered = {}
         for name, parameter in self.model.named_parameters():
             made: dict[str, Callable[[], Tensor]] = {f"model.{name}": partial(safe_get_full_fp32_param, parameter)}
@@ -202,7 +206,7 @@ def _sharded(recipe: Recipe, config: dict[str, Any], weights: InitialWeights) ->
     return model
 
 
-def _import_quietly(world: World) -> Any:
+def import_quietly(world: World) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # else it looks for one, and warns that it found none
     import deepspeed
 

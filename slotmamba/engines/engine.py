@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from slotmamba.checkpoint.contents import Contents
 from slotmamba.models import SlotMamba
 from slotmamba.models.slotmamba import TokenLosses
 from slotmamba.world import World
@@ -64,3 +65,7 @@ class Engine(ABC):
         Args:
             names: the ones to return, None for all.
         """
+
+    @abstractmethod
+    def contents(self) -> Contents:
+        """What a checkpoint of this engine holds, for `CheckpointStore` to save or to restore."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +33,15 @@ class FSDP2Engine(SingleEngine):
     Gradients are summed, not averaged: the loss of each process is divided by the count of the whole global batch.
     """
 
+    engine = "fsdp2"
+
     def _prepare(self, recipe: Recipe, world: World) -> tuple[SlotMamba, set[str]]:
         ensure_process_group(world)
         with torch.device("meta"):
             model = build_model(recipe.model)
         weights = InitialWeights(model, recipe.seed)
         decayed = decayed_parameters(model)  # before sharding, which makes new parameters
-        self.sharded = _shard(model, recipe.parallel, world.device)
+        self.sharded = shard_model(model, recipe.parallel, world.device)
         # With offloading the shards live in CPU memory, and FSDP moves them.
         model.to_empty(device="cpu" if recipe.parallel.cpu_offload else world.device)
         _fill_shards(model, weights)
@@ -54,7 +57,7 @@ class FSDP2Engine(SingleEngine):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _shard(model: SlotMamba, parallel: ParallelConfig, device: torch.device) -> FSDPModule:
+def shard_model(model: SlotMamba, parallel: ParallelConfig, device: torch.device) -> FSDPModule:
     mesh = _mesh(parallel, device)
     # Parameters are gathered and gradients reduced in float32. Which of a block's operations compute in bfloat16 is for
     # autocast to say, as in the other engines: casting a block's parameters would cast its gates and addresses too.
@@ -74,6 +77,8 @@ def _shard(model: SlotMamba, parallel: ParallelConfig, device: torch.device) -> 
             # gloo cannot scale while it sums, and NCCL need not.
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "losses")
+    # A layer's slot memories are views. Nothing changes them in place, which is what torch warns of.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     return sharded
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from slotmamba.checkpoint import state
+from slotmamba.checkpoint import TensorContents, state
 from slotmamba.config.schema import Recipe
 from slotmamba.device import compute_precision
 from slotmamba.engines.dtypes import assert_float32
@@ -20,6 +21,9 @@ from slotmamba.world import World
 
 
 class SingleEngine(Engine):
+    engine: Literal["single", "fsdp2"] = "single"
+    """Its name in recipes and checkpoints."""
+
     def __init__(self, recipe: Recipe, world: World) -> None:
         self.recipe = recipe
         self.world = world
@@ -59,6 +63,9 @@ class SingleEngine(Engine):
 
     def discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def contents(self) -> TensorContents:
+        return TensorContents(self.model, self.optimizer, self.engine)
 
     def tensors(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         tensors = state.model_tensors(self.model) | state.optimizer_tensors(self.model, self.optimizer)

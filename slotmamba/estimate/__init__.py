@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from slotmamba.config.schema import Recipe
 from slotmamba.estimate.flops import Flops, forward_flops
 from slotmamba.estimate.memory import Memory, memory
-from slotmamba.estimate.parameters import count_parameters
+from slotmamba.estimate.parameters import count_parameters, weight_units
 from slotmamba.estimate.row import RowShape, row_shape
+from slotmamba.estimate.sharding import shares
 
 __all__ = ["Estimate", "estimate", "report"]
 
@@ -20,13 +21,17 @@ class Estimate:
     """What `estimate` finds.
 
     row: shape of a training row; parameters: by part; forward: operations per decoder token by part, where the slot
-    memory is in parts again; memory: bytes of one process; tokens_per_step, steps: of the run.
+    memory is in parts again; memory: bytes of one process; communication: bytes that it sends in a step, by
+    collective; engine, processes: of the recipe's section parallel; tokens_per_step, steps: of the run.
     """
 
     row: RowShape
     parameters: dict[str, int]
     forward: dict[str, Flops]
     memory: Memory
+    communication: dict[str, float]
+    engine: str
+    processes: int
     tokens_per_step: int
     steps: int
 
@@ -53,11 +58,15 @@ class Estimate:
 def estimate(recipe: Recipe) -> Estimate:
     """What a recipe costs. Needs neither the data nor a GPU, and builds no weights."""
     parameters, row = count_parameters(recipe.model), row_shape(recipe)
+    share = shares(recipe, weight_units(recipe.model))
     return Estimate(
         row=row,
         parameters=parameters,
         forward=forward_flops(recipe.model, row),
-        memory=memory(recipe, sum(parameters.values())),
+        memory=memory(recipe, sum(parameters.values()), share),
+        communication=share.communication,
+        engine=recipe.parallel.engine,
+        processes=recipe.parallel.size,
         tokens_per_step=recipe.train.global_batch_tokens,
         steps=recipe.train.total_steps,
     )

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from slotmamba.config.schema import ModelConfig, Recipe
 from slotmamba.estimate.activations import FLOAT, activations, slot_state
 from slotmamba.estimate.row import RowShape, row_shape
+from slotmamba.estimate.sharding import Shares
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes.
 
-    parameters, gradients: float32; optimizer: AdamW's two float32 moments; autocast: the weights in bfloat16, which
-    autocast makes once a micro-batch; activations: of one micro-batch, by part;
+    parameters, gradients: float32; optimizer: AdamW's two float32 moments, and with deepspeed a copy of the weights;
+    gathered: parameters and gradients of other processes' shares, for a time; host: in CPU memory instead;
+    autocast: the weights in bfloat16, which autocast makes once a micro-batch;
+    activations: of one micro-batch, by part;
     boundary_states: of the slot memory at the ends of segments, kept for the backward pass, one micro-batch;
     decoding_state: of one sequence, whatever its length; decoding_per_token: what attention's cache adds a token.
     """
@@ -22,6 +25,8 @@ class Memory:
     parameters: int
     gradients: int
     optimizer: int
+    gathered: int
+    host: int
     autocast: int
     activations: dict[str, float]
     boundary_states: int
@@ -31,18 +36,20 @@ class Memory:
     @property
     def training(self) -> float:
         """All that a training process holds at its peak, but for Python, PyTorch and the data pipeline."""
-        kept = self.parameters + self.gradients + self.optimizer + self.autocast
+        kept = self.parameters + self.gradients + self.optimizer + self.gathered + self.autocast
         return kept + sum(self.activations.values()) + self.boundary_states
 
 
-def memory(recipe: Recipe, parameters: int) -> Memory:
-    """The memory that a recipe with so many parameters needs in one process."""
+def memory(recipe: Recipe, parameters: int, shares: Shares) -> Memory:
+    """The memory that a recipe with so many parameters, of which each process has its share, needs in one process."""
     config, row, rows = recipe.model, row_shape(recipe), recipe.train.micro_batch
     matrix = 2 if recipe.train.precision == "bf16" else FLOAT
     return Memory(
-        parameters=FLOAT * parameters,
-        gradients=FLOAT * parameters,
-        optimizer=2 * FLOAT * parameters,
+        parameters=shares.parameters,
+        gradients=shares.gradients,
+        optimizer=shares.optimizer,
+        gathered=shares.gathered,
+        host=shares.host,
         autocast=0 if matrix == FLOAT else matrix * parameters,
         activations=activations(recipe, row, matrix),
         boundary_states=rows * _boundaries(recipe, row) * slot_state(config),

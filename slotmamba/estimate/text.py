@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from slotmamba.estimate import Estimate
 from slotmamba.tables import table
 
@@ -10,7 +12,8 @@ SLOT_MEMORY = "slot memory"
 
 def report_text(name: str, found: Estimate, micro_batch: int) -> str:
     """Tables of parameters and operations, of memory, and the totals of the run."""
-    return "\n\n".join([_parts(name, found), _memory(found, micro_batch), _totals(found)])
+    tables = [_parts(name, found), _memory(found, micro_batch), *communication_tables(found), _totals(found)]
+    return "\n\n".join(tables)
 
 
 def _parts(name: str, found: Estimate) -> str:
@@ -57,26 +60,41 @@ def _share(part: float, whole: float) -> str:
 
 def _memory(found: Estimate, micro_batch: int) -> str:
     memory = found.memory
+    copy = " and ZeRO's copy of the weights" if found.engine == "deepspeed" else ""
     activations = f"activations of a micro-batch ({micro_batch} rows)"
     rows = [
         ("parameters (float32)", memory.parameters),
         ("gradients (float32)", memory.gradients),
-        ("optimizer state (AdamW, two float32 moments)", memory.optimizer),
+        (f"optimizer state (AdamW, two float32 moments{copy})", memory.optimizer),
+        *([("gathered while layers run, and buffers", memory.gathered)] if memory.gathered else []),
         ("weights in bfloat16 (autocast)", memory.autocast),
         (activations, sum(memory.activations.values())),
         *(("  " + part, number) for part, number in memory.activations.items()),
         ("slot states at segment ends", memory.boundary_states),
         ("training, total", memory.training),
+        *([("offloaded to CPU memory", memory.host)] if memory.host else []),
         ("decoding state of a sequence, beside the parameters", memory.decoding_state),
     ]
     if memory.decoding_per_token:
         rows.append(("  and for every token (attention's cache)", memory.decoding_per_token))
-    return table(
-        ("memory of a process", "bytes", ""), [(key, f"{number:,.0f}", _bytes(number)) for key, number in rows]
-    )
+    where = f"memory of a process, one of {found.processes} ({found.engine})"
+    return _bytes_table("memory of a process" if found.engine == "single" else where, rows)
 
 
-def _bytes(number: float) -> str:
+def communication_tables(found: Estimate) -> list[str]:
+    """A table of what a process sends in a step; none where it is alone."""
+    if not found.communication:
+        return []
+    rows = [*found.communication.items(), ("total", sum(found.communication.values()))]
+    return [_bytes_table("sent by a process in a step", rows)]
+
+
+def _bytes_table(title: str, rows: Sequence[tuple[str, float]]) -> str:
+    return table((title, "bytes", ""), [(key, f"{number:,.0f}", readable(number)) for key, number in rows])
+
+
+def readable(number: float) -> str:
+    """Bytes in the unit that suits them."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024:
             return f"{number:.1f} {unit}"

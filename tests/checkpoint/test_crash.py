@@ -89,7 +89,7 @@ def test_killed_before_every_file_operation(tmp_path: Path, children: Children, 
         ended = children.read()
         survivor = ToyRun(run_dir, keep=keep, seed=1)
         survivor.store.clean()
-        assert not list(survivor.store.folder.glob(".*")), operation
+        assert not list(survivor.store.folder.path.glob(".*")), operation
         assert survivor.resume()
         assert survivor.step == survivor.store.latest()
         assert survivor.snapshot() == snapshots[survivor.step]
@@ -149,11 +149,11 @@ def test_full_disk(small_disk: Path) -> None:
             except OSError as error:
                 failures += 1
                 assert "No space left on device; the last good one is" in str(error)
-                assert [path.name for path in run.store.folder.iterdir()] == ["step-00000001"]
+                assert [path.name for path in run.store.folder.path.iterdir()] == ["step-00000001"]
     assert failures > 3
     assert run.store.committed() == [1, 2]
     run = ToyRun(small_disk, seed=1)
-    run.store.load(1, run.model, run.optimizer)
+    run.store.load(1, run.contents)
     assert run.snapshot() == expected
 
 

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 import slotmamba
-from slotmamba.checkpoint import CheckpointStore, DamagedCheckpointError, find_checkpoint, open_checkpoint, recipe_path
+from slotmamba.checkpoint import (
+    CheckpointStore,
+    DamagedCheckpointError,
+    TensorContents,
+    find_checkpoint,
+    open_checkpoint,
+    recipe_path,
+)
 from slotmamba.checkpoint.manifest import read_manifest, write_manifest
 from slotmamba.config.schema import ModelConfig, OptimConfig
 from slotmamba.errors import InputError, SlotMambaError
@@ -37,7 +44,7 @@ def save_run(run_dir: Path, values: dict[str, Any], steps: int = 2) -> nn.Module
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-        store.save(step, model, optimizer, {})
+        store.save(step, TensorContents(model, optimizer), {})
     return model
 
 
@@ -64,7 +71,7 @@ def test_loading_leaves_the_random_numbers_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", "rng.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json"])
 def test_a_damaged_checkpoint(tmp_path: Path, name: str) -> None:
     save_run(tmp_path, DECODER)
     path = tmp_path / "checkpoints" / "step-00000002" / name

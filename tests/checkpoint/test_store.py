@@ -20,7 +20,7 @@ def manifest_of(checkpoint: Path) -> dict:
 
 
 def folders(run: ToyRun) -> list[str]:
-    return sorted(path.name for path in run.store.folder.iterdir())
+    return sorted(path.name for path in run.store.folder.path.iterdir())
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
@@ -101,7 +101,7 @@ def test_manifest(tmp_path: Path) -> None:
 
 def test_keeps_the_last_ones(tmp_path: Path) -> None:
     run = ToyRun(tmp_path, keep=2)
-    (run.store.folder / "step-00000009").mkdir(parents=True)  # not a checkpoint: neither counted nor deleted
+    (run.store.folder.path / "step-00000009").mkdir(parents=True)  # not a checkpoint: neither counted nor deleted
     for _ in range(4):
         run.advance().save()
     assert run.store.committed() == [3, 4]
@@ -112,11 +112,11 @@ def test_a_damaged_later_checkpoint_does_not_push_out_a_new_one(tmp_path: Path) 
     run = ToyRun(tmp_path, keep=2)
     for _ in range(4):
         run.advance().save()
-    flip_byte(run.store.folder / "step-00000004" / "__0_0.distcp")
+    flip_byte(run.store.folder.path / "step-00000004" / "__0_0.distcp")
     run = ToyRun(tmp_path, keep=1)
     assert run.resume()
     assert run.step == 3
-    run.store.save(3, run.model, run.optimizer, {"samples": 30})
+    run.store.save(3, run.contents, {"samples": 30})
     assert run.store.committed() == [3, 4]
     run.advance().save()
     assert run.store.committed() == [4]
@@ -132,15 +132,15 @@ def test_never_prunes_the_newest_healthy_one(tmp_path: Path) -> None:
     for _ in range(3):
         run.advance().save()
     assert run.store.committed() == [2, 5]
-    assert [manifest_of(run.store.folder / name)["finite"] for name in folders(run)] == [True, False]
+    assert [manifest_of(run.store.folder.path / name)["finite"] for name in folders(run)] == [True, False]
 
 
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     run = ToyRun(tmp_path).advance()
     run.save()
-    run.store.save(1, run.model, run.optimizer, {"samples": 11})
+    run.store.save(1, run.contents, {"samples": 11})
     assert folders(run) == ["step-00000001"]
-    assert run.store.load(1, run.model, run.optimizer) == {"samples": 11}
+    assert run.store.load(1, run.contents) == {"samples": 11}
 
 
 def test_weights_that_do_not_change_are_an_error(tmp_path: Path) -> None:
@@ -149,23 +149,23 @@ def test_weights_that_do_not_change_are_an_error(tmp_path: Path) -> None:
     for state in run.optimizer.state.values():
         state["step"] += 1
     with pytest.raises(SlotMambaError, match="weights at step 2 are those of the checkpoint of step 1"):
-        run.store.save(2, run.model, run.optimizer, {})
+        run.store.save(2, run.contents, {})
     assert folders(run) == ["step-00000001"]
 
 
 def test_skipped_steps_may_leave_the_weights_as_they_were(tmp_path: Path) -> None:
     run = ToyRun(tmp_path).advance()
     run.save()
-    run.store.save(2, run.model, run.optimizer, {})
+    run.store.save(2, run.contents, {})
     assert run.store.committed() == [1, 2]
 
 
 def test_progress_must_be_json(tmp_path: Path) -> None:
     run = ToyRun(tmp_path).advance()
     with pytest.raises(ValueError, match="JSON"):
-        run.store.save(1, run.model, run.optimizer, {"loss": float("nan")})
+        run.store.save(1, run.contents, {"loss": float("nan")})
     with pytest.raises(TypeError, match="JSON"):
-        run.store.save(1, run.model, run.optimizer, {"loss": torch.zeros(())})
+        run.store.save(1, run.contents, {"loss": torch.zeros(())})
     assert folders(run) == []
 
 
@@ -179,7 +179,7 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "rng.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json"])
 @pytest.mark.parametrize("damage", [flip_byte, truncate, Path.unlink])
 def test_damage_is_noticed_and_the_checkpoint_before_is_taken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[Path], None]
@@ -190,7 +190,7 @@ def test_damage_is_noticed_and_the_checkpoint_before_is_taken(
     checkpoint = run.advance().save()
     damage(checkpoint / name)
     with pytest.raises(DamagedCheckpointError, match=name):
-        run.store.load(2, run.model, run.optimizer)
+        run.store.load(2, run.contents)
 
     resumed = ToyRun(tmp_path, seed=7)
     with caplog.at_level(logging.WARNING):
@@ -227,7 +227,7 @@ def test_checkpoint_of_another_configuration(tmp_path: Path) -> None:
     other = CONFIG | {"d_model": 6, "slots": {"factors": 3, "top_k": 1, "balance": 0.5}}
     store = CheckpointStore(tmp_path, 2, other)
     with pytest.raises(ValueError) as caught:
-        store.load_latest(run.model, run.optimizer)
+        store.load_latest(run.contents)
     assert str(caught.value) == (
         f"{tmp_path}/checkpoints/step-00000001 is of another model: model.d_model is 5 there and 6 here, "
         "model.slots.factors is 2 there and 3 here, model.slots.balance is null there and 0.5 here"
@@ -268,8 +268,8 @@ def test_clean_removes_what_dead_processes_left(tmp_path: Path) -> None:
     # Their numbers may be those of other processes by now, or our own in another container.
     for pid in (2**22 + 1, os.getppid(), os.getpid()):
         for name in (f".tmp-step-00000002-{pid}", f".old-step-00000001-{pid}"):
-            (run.store.folder / name).mkdir()
-            (run.store.folder / name / "__0_0.distcp").write_bytes(b"torn")
+            (run.store.folder.path / name).mkdir()
+            (run.store.folder.path / name / "__0_0.distcp").write_bytes(b"torn")
     run.store.clean()
     assert folders(run) == ["step-00000001"]
 

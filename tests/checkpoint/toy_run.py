@@ -1,16 +1,14 @@
-"""A tiny training run whose every step draws on the random number generators."""
+"""A tiny training run."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from slotmamba.checkpoint import CheckpointStore
+from slotmamba.checkpoint import CheckpointStore, TensorContents
 
 CONFIG: dict[str, Any] = {"d_model": 5, "slots": {"factors": 2, "top_k": 1}, "decoder_inject_layers": [0, 1]}
 
@@ -40,18 +38,27 @@ class Toy(nn.Module):
 class ToyRun:
     """A model, its optimizer and their store; `advance` makes one step."""
 
+    fused = True
+
     def __init__(self, run_dir: Path, keep: int = 2, seed: int = 0) -> None:
-        seed_all(seed)
+        torch.manual_seed(seed)
         self.model = Toy()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, fused=True)
-        self.store = CheckpointStore(run_dir, keep, CONFIG)
+        self.store = self.prepare(run_dir, keep)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, fused=self.fused)
         self.step = 0
+
+    def prepare(self, run_dir: Path, keep: int) -> CheckpointStore:
+        return CheckpointStore(run_dir, keep, CONFIG)
+
+    @property
+    def contents(self) -> TensorContents:
+        return TensorContents(self.model, self.optimizer)
 
     def advance(self, steps: int = 1) -> ToyRun:
         for _ in range(steps):
-            rows = random.randint(1, 4)
-            tokens = torch.randint(7, (rows, 6))
-            noise = torch.from_numpy(np.random.randn(rows, 6, 7)).float()
+            generator = torch.Generator().manual_seed(self.step)
+            tokens = torch.randint(7, (1 + self.step % 4, 6), generator=generator)
+            noise = torch.randn(*tokens.shape, 7, generator=generator)
             self.optimizer.zero_grad()
             ((self.model(tokens) - noise) ** 2).mean().backward()
             self.optimizer.step()
@@ -59,10 +66,10 @@ class ToyRun:
         return self
 
     def save(self) -> Path:
-        return self.store.save(self.step, self.model, self.optimizer, {"samples": 10 * self.step})
+        return self.store.save(self.step, self.contents, {"samples": 10 * self.step})
 
     def resume(self) -> bool:
-        loaded = self.store.load_latest(self.model, self.optimizer)
+        loaded = self.store.load_latest(self.contents)
         if loaded is None:
             return False
         self.step, progress = loaded
@@ -75,15 +82,4 @@ class ToyRun:
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{name}/{key}"] = value
-        numbers = {name: (str(value.dtype), value.shape, value.numpy().tobytes()) for name, value in tensors.items()}
-        return numbers | {
-            "torch": torch.get_rng_state().numpy().tobytes(),
-            "numpy": repr(np.random.get_state(legacy=True)),
-            "python": random.getstate(),
-        }
-
-
-def seed_all(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
+        return {name: (str(value.dtype), value.shape, value.numpy().tobytes()) for name, value in tensors.items()}

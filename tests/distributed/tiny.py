@@ -40,6 +40,7 @@ SEQ2SEQ = [
     "model.encoder_layers=2",
     "model.encoder_attn_layers=[1]",
     "model.decoder_inject_layers=[1]",
+    "model.slots.segment_len=4",
     "model.ssm={state_size: 4, head_dim: 16, chunk_size: 8}",
     "data.sources=[{name: recall, kind: mqar, mqar: {form: seq2seq, vocab_size: 64, "
     "settings: [{length: 4, pairs: 3}, {length: 24, pairs: 12}]}}]",

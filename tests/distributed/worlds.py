@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -54,7 +55,7 @@ def _answer(rank: int, receiver: Connection, end: float) -> tuple[str | None, An
     if not receiver.poll(max(0.0, end - time.monotonic())):
         return f"rank {rank} did not answer in time: connection", None
     try:
-        return receiver.recv()
+        return pickle.loads(receiver.recv_bytes())
     except EOFError:
         return f"rank {rank} died: connection", None
 
@@ -75,10 +76,15 @@ def _rank(
     }
     try:
         with joined("cpu") as world:
-            sender.send((None, function(world, *arguments)))
+            _send(sender, None, function(world, *arguments))
             world.barrier()
     except BaseException:
-        sender.send((f"rank {rank}: {traceback.format_exc()}", None))
+        _send(sender, f"rank {rank}: {traceback.format_exc()}", None)
+
+
+def _send(sender: Connection, failure: str | None, result: object) -> None:
+    # Plain pickles: torch's own would hold tensors in files of the process that sends them.
+    sender.send_bytes(pickle.dumps((failure, result)))
 
 
 def _free_port() -> int:
