@@ -130,6 +130,10 @@ class ModelConfig(Section):
         without either the memory runs in one go."""
         return (self.slots.thread_layers and self.decoder_layers > 1) or bool(self.decoder_inject_layers)
 
+    def most_chunks(self, length: int) -> int:
+        """Chunks that a sequence of `length` tokens can be cut into: its segments, or tokens where there are none."""
+        return -(-length // self.slots.segment_len) if self.segmented else length
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.d_model % self.n_heads:
@@ -408,13 +412,14 @@ class Recipe(Section):
         return self
 
     def _check_chunks(self) -> None:
-        chunks, length, segment = self.train.sequence_chunks, self.data.seq_len, self.model.slots.segment_len
-        if self.model.segmented and chunks > -(-length // segment):
+        chunks, length = self.train.sequence_chunks, self.data.seq_len
+        most = self.model.most_chunks(length)
+        if chunks > most and self.model.segmented:
             raise ValueError(
                 f"train.sequence_chunks={chunks}: chunks are whole segments, and a row of data.seq_len={length} has "
-                f"{-(-length // segment)} of model.slots.segment_len={segment}; take fewer chunks or shorter segments"
+                f"{most} of model.slots.segment_len={self.model.slots.segment_len}; take fewer chunks"
             )
-        if chunks > length:
+        if chunks > most:
             raise ValueError(f"train.sequence_chunks={chunks} is more than the data.seq_len={length} tokens of a row")
 
     def _check_source(self, source: SourceConfig) -> None:

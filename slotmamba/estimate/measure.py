@@ -1,9 +1,15 @@
-"""What activations really take: a step on made-up rows, every allocation counted. `python -m` prints a table."""
+"""What activations really take: steps on made-up rows, every allocation counted.
+
+    python -m slotmamba.estimate.measure RECIPE [KEY=VALUE ...]
+
+prints a table of what each way of saving memory costs a recipe, in memory and time, beside the estimate.
+"""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,36 +18,40 @@ from torch.profiler import ProfilerActivity, profile
 
 from slotmamba.config import load_recipe
 from slotmamba.config.schema import Recipe
-from slotmamba.device import compute_precision
-from slotmamba.estimate import estimate
+from slotmamba.device import choose_device, compute_precision
+from slotmamba.errors import InputError
+from slotmamba.estimate.activations import WORKSPACE
+from slotmamba.estimate.memory import Memory
 from slotmamba.estimate.row import row_shape
-from slotmamba.models import SlotMamba, build_model
+from slotmamba.models import build_model
 from slotmamba.models.slotmamba import IGNORED, TokenLosses
 from slotmamba.tables import table
 
-MODES = (("none", 1), ("selective", 1), ("block", 1), ("none", 2), ("none", 4), ("none", 8), ("selective", 8))
+MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes beside weights, gradients and the batch, on a CPU.
+    """Bytes of one micro-batch beside weights, gradients and the batch itself.
 
-    kept: when the forward pass is done; peak: the most at any moment of forward and backward pass.
+    kept: when the forward pass is done; peak: the most at any moment of forward and backward pass; seconds: that both
+    took, the faster of two times.
     """
 
     kept: int
     peak: int
+    seconds: float
 
 
-def measure(recipe: Recipe) -> Activations:
-    """Runs the forward and backward pass of a micro-batch of random tokens on the CPU, in documents of 3/8 of a row."""
-    model = build_model(recipe.model)
+def measure(recipe: Recipe, device: torch.device) -> Activations:
+    """Runs the forward and backward pass of a micro-batch of random tokens, in documents of 3/8 of a row."""
+    model = build_model(recipe.model).to(device)
     model.save_memory(recipe.train.activation_checkpointing, recipe.train.sequence_chunks)
-    batch = _batch(recipe)
+    batch = {name: tensor.to(device) for name, tensor in _batch(recipe).items()}
     found: list[TokenLosses] = []
 
     def forward() -> None:
-        with compute_precision(torch.device("cpu"), recipe.train.precision):
+        with compute_precision(device, recipe.train.precision):
             found.append(model.losses(**batch))
 
     def step() -> None:
@@ -50,9 +60,16 @@ def measure(recipe: Recipe) -> Activations:
         (losses.nll.sum() + losses.balance).backward()
 
     step()  # makes the gradients
-    kept, _ = _allocated(forward)
+    seconds = min(_seconds(step, device) for _ in range(2))
+    kept, _ = _allocated(forward, device)
     found.clear()
-    return Activations(kept, _allocated(step)[1])
+    return Activations(kept, _allocated(step, device)[1], seconds)
+
+
+def estimated(memory: Memory) -> tuple[float, float]:
+    """What the estimate says of `kept` and `peak`."""
+    peak = sum(memory.activations.values()) + memory.boundary_states + memory.autocast
+    return peak - memory.activations[WORKSPACE], peak
 
 
 def _batch(recipe: Recipe) -> dict[str, Tensor]:
@@ -68,8 +85,13 @@ def _batch(recipe: Recipe) -> dict[str, Tensor]:
     return batch
 
 
-def _allocated(function: Callable[[], None]) -> tuple[int, int]:
-    """Bytes that PyTorch's CPU allocator has given out and not got back when the function is done, and at most."""
+def _allocated(function: Callable[[], None], device: torch.device) -> tuple[int, int]:
+    """Bytes that the device's allocator has given out and not got back when the function is done, and at most."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
@@ -79,3 +101,53 @@ def _allocated(function: Callable[[], None]) -> tuple[int, int]:
         now += event.nbytes()
         most = max(most, now)
     return now, most
+
+
+def _seconds(step: Callable[[], None], device: torch.device) -> float:
+    start = time.monotonic()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic() - start
+
+
+def _variants(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe with every mode, and with 2, 4, 8, ... chunks, as far as there are so many."""
+    settings = [("none", 1), ("selective", 1), ("block", 1)]
+    chunks = 2
+    while chunks <= min(recipe.model.most_chunks(recipe.data.seq_len), 64):
+        settings += [("none", chunks), ("selective", chunks)]
+        chunks *= 2
+    for mode, count in settings:
+        keys = {"activation_checkpointing": mode, "sequence_chunks": count}
+        yield recipe.model_copy(update={"train": recipe.train.model_copy(update=keys)})
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the table for the recipe and overrides given. Returns the exit code."""
+    from slotmamba.estimate import estimate
+
+    if not arguments:
+        print(__doc__)
+        return 2
+    try:
+        recipe = load_recipe(arguments[0], arguments[1:])
+        device = choose_device(recipe.train.device, "train.device")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = []
+    for variant in _variants(recipe):
+        found, (kept, peak) = measure(variant, device), estimated(estimate(variant).memory)
+        train = variant.train
+        rows.append(
+            (f"{train.activation_checkpointing}, {train.sequence_chunks}", f"{found.kept / MIB:,.1f}",
+             f"{kept / MIB:,.1f}", f"{found.peak / MIB:,.1f}", f"{peak / MIB:,.1f}", f"{found.seconds:.2f}")
+        )  # fmt: skip
+    header = ("mode, chunks", "kept, MiB", "estimate", "peak, MiB", "estimate", "seconds")
+    print(table(header, rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -120,21 +120,18 @@ def _storage(x: Tensor) -> int:
 def chunked(config: ModelConfig, length: int, count: int) -> list[list[slice]]:
     """Cuts a sequence into `count` chunks, about equally long, and each chunk into its segments of the slot memory.
 
-    Where memory is handed over between segments, chunks are whole segments, in which the last may be shorter; elsewhere
-    a chunk is one segment.
+    Where there are segments, chunks are whole ones, of which a sequence's last may be shorter; elsewhere a chunk counts
+    as one.
 
     Raises ValueError for more chunks than there are segments (tokens).
     """
+    most = config.most_chunks(length)
+    if count > most:
+        raise ValueError(f"sequence_chunks={count}, but a sequence of {length} tokens has at most {most}")
     size = config.slots.segment_len if config.segmented else 1
-    units = -(-length // size)
-    if count > units:
-        what = f"segments of {size} tokens" if config.segmented else "tokens"
-        raise ValueError(f"sequence_chunks={count}, but a sequence of {length} tokens has only {units} {what}")
-    bounds = [min(units * number // count * size, length) for number in range(count + 1)]
-    bounds[-1] = length
-    return [
-        [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
-        if config.segmented
-        else [slice(start, stop)]
-        for start, stop in pairwise(bounds)
-    ]
+    bounds = [*(most * number // count * size for number in range(count)), length]
+    chunks = []
+    for start, stop in pairwise(bounds):
+        starts = range(start, stop, size) if config.segmented else [start]
+        chunks.append([slice(*span) for span in pairwise([*starts, stop])])
+    return chunks

@@ -193,9 +193,9 @@ def test_chunks_without_segments_are_tokens() -> None:
 
 
 def test_too_many_chunks() -> None:
-    with pytest.raises(ValueError, match="sequence_chunks=10, but a sequence of 42 tokens has only 9 segments of 5"):
+    with pytest.raises(ValueError, match="sequence_chunks=10, but a sequence of 42 tokens has at most 9"):
         chunked(config(), 42, 10)
-    with pytest.raises(ValueError, match="a sequence of 7 tokens has only 7 tokens"):
+    with pytest.raises(ValueError, match="a sequence of 7 tokens has at most 7"):
         chunked(config(decoder_layers=1), 7, 8)
     model = decoder_only()
     model.save_memory("none", 9)
