@@ -142,8 +142,8 @@ def _encoder_products(config: ModelConfig, matrix: int) -> float:
 
 
 def _output(config: ModelConfig, row: RowShape) -> float:
-    """The final norm's input; what it gives labelled positions."""
-    return (1 + row.labelled) * FLOAT * config.d_model
+    """The final norm's input, on a CPU also what it divides, and what it gives labelled positions."""
+    return (2 + row.labelled) * FLOAT * config.d_model
 
 
 def slot_state(config: ModelConfig) -> int:
