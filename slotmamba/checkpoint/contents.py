@@ -140,7 +140,11 @@ def check_digests(folder: Path, tensors: Mapping[str, Tensor], written: Mapping[
     Raises:
         DamagedCheckpointError: one differs.
     """
-    found = digests(tensors, written, group)
+    compare_digests(folder, digests(tensors, written, group), written)
+
+
+def compare_digests(folder: Path, found: Mapping[str, str], written: Mapping[str, str]) -> None:
+    """Compare digests with those of the manifest; errors as for `check_digests`."""
     wrong = [name for name in written if found[name] != written[name]]
     if wrong:
         raise DamagedCheckpointError(f"{folder}: the values read of {wrong[0]} differ from those written")

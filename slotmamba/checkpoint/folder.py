@@ -49,6 +49,7 @@ class CheckpointFolder:
                 self.commit(path, step)
             else:
                 shutil.rmtree(path)
+        self._drop_universal()
 
     def make_temporary(self, step: int) -> Path:
         """An empty folder for the checkpoint of ``step``."""
@@ -80,6 +81,7 @@ class CheckpointFolder:
         for manifest in manifests[: -self.keep]:
             if manifest.step != max(healthy, default=None):
                 _delete(self._set_aside(self.checkpoint(manifest.step)))
+        self._drop_universal()
 
     def save_error(self, step: int, error: OSError) -> OSError:
         """The error as one line with the path and the last good checkpoint."""
@@ -88,12 +90,24 @@ class CheckpointFolder:
         reason = error.strerror or error
         return OSError(error.errno, f"cannot write checkpoint {self.checkpoint(step)}: {reason}; {good}")
 
+    def _drop_universal(self) -> None:
+        """Delete the converted copies of checkpoints that are not there any more, and half of them."""
+        kept = {universal_folder(self.checkpoint(step)) for step in self.committed()}
+        for path in self.path.glob(".universal-*"):
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
     def _set_aside(self, checkpoint: Path) -> Path:
         """From here on the folder is not a checkpoint."""
         aside = checkpoint.with_name(f".old-{checkpoint.name}-{os.getpid()}")
         checkpoint.rename(aside)
         sync_folder(self.path)
         return aside
+
+
+def universal_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint of DeepSpeed's is kept in its universal format, once that was needed."""
+    return checkpoint.with_name(f".universal-{checkpoint.name}")
 
 
 def _delete(checkpoint: Path) -> None:

@@ -171,9 +171,15 @@ def _without_single_process_warning() -> Iterator[None]:
 def _cause(error: CheckpointException, group: Group) -> BaseException:
     """What went wrong inside DCP, which wraps everything in a BaseException; an OSError where there is one."""
     rank, (cause, _) = next(iter(error.failures.items()))
-    link: BaseException | None = cause
-    while link is not None:
-        if isinstance(link, OSError):
-            return link if group.process_group is None else of_rank(link, rank)
+    refused = os_error(cause)
+    if refused is None:
+        return cause
+    return refused if group.process_group is None else of_rank(refused, rank)
+
+
+def os_error(error: BaseException) -> OSError | None:
+    """The OSError that `error` is or came from, None where there is none."""
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, OSError):
         link = link.__cause__ or link.__context__
-    return cause
+    return link

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slotmamba.checkpoint.zero import ZeroContents
 from slotmamba.config.schema import Recipe
 from slotmamba.device import compute_precision
 from slotmamba.engines.dtypes import assert_float32
@@ -85,7 +86,7 @@ class DeepSpeedEngine(Engine):
             model=_Losses(self.model), optimizer=optimizer, config=config, dist_init_required=False
         )
         # Whoever validates calls the model's own losses; in stage 3 hooks around the wrapper gather the weights.
-        self.model.losses = self._forward  # type: ignore[method-assign]
+        self.model.losses = self._forward  # type: ignore[assignment,method-assign]
 
     def losses(self, **arguments: Tensor) -> TokenLosses:
         with compute_precision(self.world.device, self.recipe.train.precision):
@@ -120,17 +121,21 @@ class DeepSpeedEngine(Engine):
         self.zero.step()
         assert not self.zero.was_step_applied(), "DeepSpeed has made a step whose loss or gradients are not finite"
 
+    def contents(self) -> ZeroContents:
+        return ZeroContents(self)
+
     def tensors(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         states = self.optimizer.optimizer.state
         steps = {int(state["step"]) for state in states.values() if "step" in state}
         assert len(steps) <= 1
-        if self._stage < 3:
-            # DeepSpeed does this once, when only the first of the parameter groups has states.
+        if self._stage < 3 and steps:
+            # DeepSpeed links them to the parameters after the first step of the first group of parameters, when those
+            # of the others are not there yet, and not again when it has loaded others.
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
-        gathered = {}
+        gathered: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             made: dict[str, Callable[[], Tensor]] = {f"model.{name}": partial(safe_get_full_fp32_param, parameter)}
             for key in MOMENTS if steps else ():
@@ -176,7 +181,7 @@ class _Losses(nn.Module):
         self.model = model
 
     def forward(self, **arguments: Tensor) -> tuple[Tensor, ...]:
-        losses = type(self.model).losses(self.model, **arguments)
+        losses = type(self.model).losses(self.model, **arguments)  # type: ignore[arg-type]
         return tuple(getattr(losses, field.name) for field in fields(losses))
 
 

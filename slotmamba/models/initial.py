@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 Rule = Callable[[Tensor, torch.Generator | None], object]
 """Fills a tensor in place, drawing from the generator (None: torch's own)."""
 
+# Torch types the parameters of its modules as tensors.
+Parameter = TypeVar("Parameter", bound=Tensor)
+
 _deferred = False
 
 
-def starts(parameter: nn.Parameter, rule: Rule) -> nn.Parameter:
+def starts(parameter: Parameter, rule: Rule) -> Parameter:
     """Says what a parameter starts as, and fills it. Modules call it while they are built.
 
     A later rule replaces an earlier one, so that a module may have its own start for a parameter of a module in it.
@@ -28,7 +32,7 @@ def starts(parameter: nn.Parameter, rule: Rule) -> nn.Parameter:
     return parameter
 
 
-def starts_like(parameter: nn.Parameter, other: nn.Parameter) -> None:
+def starts_like(parameter: Tensor, other: Tensor) -> None:
     """Says that a parameter starts with the values of another one of its model."""
     parameter.initial_twin = other  # type: ignore[attr-defined]
     if not (_deferred or parameter.is_meta):

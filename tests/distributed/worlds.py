@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 import pytest
 
 from slotmamba.world import joined
+from tests.distributed.ranks import free_port
 
 Result = TypeVar("Result")
 
@@ -28,7 +28,7 @@ def run_world(size: int, function: Callable[..., Result], *arguments: Any, secon
 
     A failure in one of them, or more than `seconds`, fails the test; no process is left over.
     """
-    port = _free_port()
+    port = free_port()
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(size)]
     processes = [
         _CONTEXT.Process(target=_rank, args=(rank, size, port, sender, function, arguments))
@@ -75,7 +75,7 @@ def _rank(
         "MASTER_PORT": str(port),
     }
     try:
-        with joined("cpu") as world:
+        with joined("cpu", 120.0) as world:
             _send(sender, None, function(world, *arguments))
             world.barrier()
     except BaseException:
@@ -85,9 +85,3 @@ def _rank(
 def _send(sender: Connection, failure: str | None, result: object) -> None:
     # Plain pickles: torch's own would hold tensors in files of the process that sends them.
     sender.send_bytes(pickle.dumps((failure, result)))
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
