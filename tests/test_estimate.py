@@ -423,8 +423,8 @@ def test_what_recomputation_keeps_within_15_percent(changes: dict[str, Any]) -> 
     of a peak than the one before, and eight chunks less than a quarter of what keeping all has."""
     slots = {"factors": 3, "top_k": 4, "householder_steps": 2, "segment_len": 32}
     model = {"n_heads": 2, "decoder_layers": 4, "slots": slots} | WIDE | {"decoder_attn_layer": -2} | changes
-    peaks = {}
-    for recipe in with_modes(model, 256, 2):
+    peaks: dict[tuple[str, int], int] = {}
+    for recipe in with_modes(model, 256, 1):
         found, (kept, peak) = measure(recipe, torch.device("cpu")), estimated(estimate(recipe).memory)
         key = recipe.train.activation_checkpointing, recipe.train.sequence_chunks
         assert kept == pytest.approx(found.kept, rel=0.15), key
@@ -438,11 +438,12 @@ def test_what_recomputation_keeps_within_15_percent(changes: dict[str, Any]) -> 
 @pytest.mark.slow
 def test_what_recomputation_keeps_under_autocast() -> None:
     model = {"n_heads": 2, "decoder_layers": 4, "slots": {"factors": 3, "top_k": 4, "segment_len": 32}} | WIDE
-    for recipe in with_modes(model, 256, 2, precision="bf16"):
+    for recipe in with_modes(model, 128, 1, precision="bf16")[:4]:
         found, (_, peak) = measure(recipe, torch.device("cpu")), estimated(estimate(recipe).memory)
         assert peak == pytest.approx(found.peak, rel=0.25), recipe.train
 
 
+@pytest.mark.slow
 def test_the_measuring_command(capsys: pytest.CaptureFixture[str]) -> None:
     shape = ["train.micro_batch=1", "data.seq_len=128", "train.global_batch_tokens=128", "train.device=cpu"]
     assert measuring(["lm-tiny", *shape]) == 0

@@ -101,9 +101,8 @@ class _Reuse(TorchDispatchMode):
 
 
 def _keep_products() -> tuple[_Keep, _Reuse]:
-    """What torch's `create_selective_checkpoint_contexts` does, for ZeRO-3 too: torch's counts every operation and
-    refuses a recomputation that need not gather all weights again, and does not see results overwritten through the
-    views that `matmul` returns."""
+    """What torch's `create_selective_checkpoint_contexts` does, and right under ZeRO-3 too: torch's does not see that
+    results have been overwritten through the views that `matmul` returns, and gives wrong gradients without a word."""
     kept: deque[_Product] = deque()
     return _Keep(kept), _Reuse(kept)
 
