@@ -424,23 +424,26 @@ def test_what_recomputation_keeps_within_15_percent(changes: dict[str, Any]) -> 
     slots = {"factors": 3, "top_k": 4, "householder_steps": 2, "segment_len": 32}
     model = {"n_heads": 2, "decoder_layers": 4, "slots": slots} | WIDE | {"decoder_attn_layer": -2} | changes
     peaks: dict[tuple[str, int], int] = {}
-    for recipe in with_modes(model, 256, 1):
+    recipes = with_modes(model, 256, 1)
+    for recipe in recipes if not changes else recipes[1::2]:
         found, (kept, peak) = measure(recipe, torch.device("cpu")), estimated(estimate(recipe).memory)
         key = recipe.train.activation_checkpointing, recipe.train.sequence_chunks
         assert kept == pytest.approx(found.kept, rel=0.15), key
         assert peak == pytest.approx(found.peak, rel=0.15), key
         peaks[key] = found.peak
-    order = [("none", 8), ("none", 2), ("block", 1), ("selective", 1), ("none", 1)]
-    assert [peaks[key] for key in order] == sorted(peaks[key] for key in order)
-    assert peaks["none", 8] < peaks["none", 1] / 4
+    if not changes:
+        order = [("none", 8), ("none", 2), ("block", 1), ("selective", 1), ("none", 1)]
+        assert [peaks[key] for key in order] == sorted(peaks[key] for key in order)
+        assert peaks["none", 8] < peaks["none", 1] / 4
 
 
 @pytest.mark.slow
 def test_what_recomputation_keeps_under_autocast() -> None:
     model = {"n_heads": 2, "decoder_layers": 4, "slots": {"factors": 3, "top_k": 4, "segment_len": 32}} | WIDE
-    for recipe in with_modes(model, 128, 1, precision="bf16")[:4]:
-        found, (_, peak) = measure(recipe, torch.device("cpu")), estimated(estimate(recipe).memory)
-        assert peak == pytest.approx(found.peak, rel=0.25), recipe.train
+    for recipe in with_modes(model, 256, 1, precision="bf16")[1:4]:
+        found, (kept, peak) = measure(recipe, torch.device("cpu")), estimated(estimate(recipe).memory)
+        assert kept == pytest.approx(found.kept, rel=0.15), recipe.train
+        assert peak == pytest.approx(found.peak, rel=0.15), recipe.train
 
 
 @pytest.mark.slow

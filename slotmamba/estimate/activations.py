@@ -21,14 +21,18 @@ WORKSPACE = "backward workspace"
 def activations(recipe: Recipe, row: RowShape, matrix: int) -> dict[str, float]:
     """Bytes of a micro-batch by part; ``matrix`` bytes a number of a matrix product.
 
-    The backward workspace is the largest of a block of logits and, a slot layer's backward pass or a layer recomputed.
+    The backward workspace is the largest of a block of logits and a slot layer's backward pass or a recomputed layer.
     """
     config, tokens = recipe.model, row.tokens * recipe.train.micro_batch
-    recomputing = recipe.train.activation_checkpointing != "none" or recipe.train.sequence_chunks > 1
-    per_token = _recomputed(recipe, row, matrix) if recomputing else _kept(config, row, matrix)
+    per_token = _recomputed(recipe, row, matrix) if recomputes(recipe) else _kept(config, row, matrix)
     parts = {name: number * tokens for name, number in per_token.items() if number}
     parts[WORKSPACE] = max(parts[WORKSPACE], _logits(config, row.labelled * tokens, matrix))
     return parts
+
+
+def recomputes(recipe: Recipe) -> bool:
+    """Whether decoder layers are recomputed in the backward pass."""
+    return recipe.train.activation_checkpointing != "none" or recipe.train.sequence_chunks > 1
 
 
 def _kept(config: ModelConfig, row: RowShape, matrix: int) -> dict[str, float]:

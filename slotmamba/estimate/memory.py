@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slotmamba.config.schema import ModelConfig, Recipe
-from slotmamba.estimate.activations import FLOAT, activations, slot_state
+from slotmamba.estimate.activations import FLOAT, WORKSPACE, activations, recomputes, slot_state
 from slotmamba.estimate.row import RowShape, row_shape
 from slotmamba.estimate.sharding import Shares
 
@@ -16,7 +16,7 @@ class Memory:
 
     parameters, gradients: float32; optimizer: AdamW's two float32 moments, and with deepspeed a copy of the weights;
     gathered: parameters and gradients of other processes' shares, for a time; host: in CPU memory instead;
-    autocast: the weights in bfloat16, which autocast makes once a micro-batch;
+    autocast: the weights in bfloat16, which autocast makes once a micro-batch and keeps where nothing is recomputed;
     activations: of one micro-batch, by part;
     boundary_states: of the slot memory at the ends of segments, kept for the backward pass, one micro-batch;
     decoding_state: of one sequence, whatever its length; decoding_per_token: what attention's cache adds a token.
@@ -44,14 +44,19 @@ def memory(recipe: Recipe, parameters: int, shares: Shares) -> Memory:
     """The memory that a recipe with so many parameters, of which each process has its share, needs in one process."""
     config, row, rows = recipe.model, row_shape(recipe), recipe.train.micro_batch
     matrix = 2 if recipe.train.precision == "bf16" else FLOAT
+    parts = activations(recipe, row, matrix)
+    casts = 0 if matrix == FLOAT else matrix * parameters
+    if recomputes(recipe):
+        # Not kept for the backward pass, so gone before it makes a layer again.
+        parts[WORKSPACE], casts = max(parts[WORKSPACE], casts), 0
     return Memory(
         parameters=shares.parameters,
         gradients=shares.gradients,
         optimizer=shares.optimizer,
         gathered=shares.gathered,
         host=shares.host,
-        autocast=0 if matrix == FLOAT else matrix * parameters,
-        activations=activations(recipe, row, matrix),
+        autocast=casts,
+        activations=parts,
         boundary_states=rows * _boundaries(recipe, row) * slot_state(config),
         decoding_state=_decoding_state(config, row),
         decoding_per_token=2 * FLOAT * config.d_model if config.attention_layer is not None else 0,
@@ -65,7 +70,7 @@ def _boundaries(recipe: Recipe, row: RowShape) -> int:
     if not (config.slots.thread_layers and config.decoder_layers > 1):
         return config.decoder_layers * (chunks - 1)
     ends = -(-row.tokens // config.slots.segment_len) - 1
-    if recipe.train.activation_checkpointing == "none" and chunks == 1:
+    if not recomputes(recipe):
         return config.decoder_layers * ends
     # The highest layer's, which no layer takes over, are made again.
     return (config.decoder_layers - 1) * ends + chunks - 1

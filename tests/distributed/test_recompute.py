@@ -12,7 +12,7 @@ from tests.distributed.worlds import run_world
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-STEPS = 4
+STEPS = 3
 KEPT = {
     "block": ["train.activation_checkpointing=block"],
     "selective": ["train.activation_checkpointing=selective"],
@@ -26,7 +26,7 @@ def test_losses(tmp_path: Path, model: list[str]) -> None:
     """With two micro-batches a process: bitwise those of the engine without, or, with chunks, to 1e-5 relative; and
     those of one process."""
     expected = alone(tmp_path, model, STEPS)
-    engines = [fsdp2(2), zero(3, 2)] if model else [fsdp2(2), zero(1, 2), zero(2, 2), zero(3, 2)]
+    engines = [fsdp2(2), zero(3, 2)] if model else [fsdp2(2), zero(2, 2), zero(3, 2)]
     settings = [[*model, *engine, "train.micro_batch=4", *kept] for engine in engines for kept in ([], *KEPT.values())]
     for results in run_world(2, trained, tmp_path, settings, STEPS, seconds=240):
         for number in range(0, len(settings), 1 + len(KEPT)):
