@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from slotmamba.engines import build_engine, check_layout
 from slotmamba.errors import InputError
 from slotmamba.world import World, joined
 from tests.distributed.tiny import SINGLE, fsdp2, tiny, zero
+from tests.train.runs import fails
 
 
 @pytest.fixture
@@ -59,6 +61,17 @@ def test_another_number_of_processes(folder: Path, overrides: list[str], size: i
 def test_combinations_that_no_world_can_train(folder: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         recipe(folder, *overrides)
+
+
+def test_deepspeed_is_not_installed(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error says how to install it."""
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setattr("slotmamba.dependencies.checkout_root", lambda: None)
+    saved = recipe(folder)  # writes the file
+    arguments = ["train", str(folder / "tiny.yaml"), f"run_dir={folder / saved.name}", *zero(2, 1)]
+    assert fails(capsys, arguments, 1).endswith("is not installed: pip install 'slotmamba[deepspeed]'")
 
 
 def test_a_launcher_that_sets_half_of_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
