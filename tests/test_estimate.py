@@ -395,7 +395,7 @@ def test_logits_take_a_block_at_most(seq_len: int, numbers: int) -> None:
     assert estimate(recipe_of(model, seq_len, 1)).memory.activations["backward workspace"] == 4 * numbers
 
 
-MODES = [("none", 1), ("block", 1), ("selective", 1), ("none", 2), ("none", 8), ("selective", 4)]
+MODES = [("none", 1), ("block", 1), ("selective", 1), ("none", 2), ("none", 8)]
 
 
 def with_modes(model: dict[str, Any], seq_len: int, rows: int, **train: Any) -> list[Recipe]:
