@@ -18,6 +18,8 @@ from slotmamba.config.section import Name, Section
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
+Checkpointing = Literal["none", "block", "selective"]
+
 
 class BDLRUConfig(Section):
     block_size: int = Field(4, ge=1, le=64, description="Channels that one block of the linear recurrence mixes (m).")
@@ -108,6 +110,16 @@ class ModelConfig(Section):
         layer = self.decoder_attn_layer
         return layer if layer is None or layer >= 0 else layer + self.decoder_layers
 
+    @property
+    def segmented(self) -> bool:
+        """Whether the slot memory runs in segments: they exist for the hand-over between layers and for injection;
+        without either the memory runs in one go."""
+        return (self.slots.thread_layers and self.decoder_layers > 1) or bool(self.decoder_inject_layers)
+
+    def most_chunks(self, length: int) -> int:
+        """Chunks that a sequence of `length` tokens can be cut into: its segments, or tokens where there are none."""
+        return -(-length // self.slots.segment_len) if self.segmented else length
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.d_model % self.n_heads:
@@ -178,6 +190,17 @@ class TrainConfig(Section):
     micro_batch: int = Field(8, ge=1, description="Rows of one forward pass.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Compute precision; parameters are fp32 always.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes a GPU when there is one.")
+    activation_checkpointing: Checkpointing = Field(
+        "none",
+        description="What the backward pass computes again to save memory. `none`: nothing; `block`: every layer, from "
+        "its input; `selective`: all of a layer but its matrix products and attention, the slot memory above all.",
+    )
+    sequence_chunks: int = Field(
+        1,
+        ge=1,
+        description="Chunks of the sequence that a decoder layer runs one after the other, carrying its state; more "
+        "than 1 are recomputed one at a time in the backward pass. They are whole segments of `slots.segment_len`.",
+    )
     log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
     eval_every: int = Field(500, ge=1, description="Steps between validations; there is one at the end as well.")
     eval_rows: int = Field(64, ge=1, description="Rows of each validation source, the same ones each time.")
@@ -289,9 +312,21 @@ class Recipe(Section):
             raise ValueError(
                 f"optim.warmup={self.optim.warmup} is more than the {self.train.total_steps} steps of the run"
             )
+        self._check_chunks()
         for source in (*self.data.sources, *self.data.validation):
             self._check_source(source)
         return self
+
+    def _check_chunks(self) -> None:
+        chunks, length = self.train.sequence_chunks, self.data.seq_len
+        most = self.model.most_chunks(length)
+        if chunks > most and self.model.segmented:
+            raise ValueError(
+                f"train.sequence_chunks={chunks}: chunks are whole segments, and a row of data.seq_len={length} has "
+                f"{most} of model.slots.segment_len={self.model.slots.segment_len}; take fewer chunks"
+            )
+        if chunks > most:
+            raise ValueError(f"train.sequence_chunks={chunks} is more than the data.seq_len={length} tokens of a row")
 
     def _check_source(self, source: SourceConfig) -> None:
         where = f"source {source.name!r}"

@@ -17,6 +17,12 @@ def build_engine(recipe: Recipe, world: World) -> Engine:
         InputError: the world is not the one that the recipe asks for, or a package is missing.
     """
     check_layout(recipe, world.size)
+    engine = _build(recipe, world)
+    engine.model.save_memory(recipe.train.activation_checkpointing, recipe.train.sequence_chunks)
+    return engine
+
+
+def _build(recipe: Recipe, world: World) -> Engine:
     match recipe.parallel.engine:
         case "single":
             from slotmamba.engines.single import SingleEngine

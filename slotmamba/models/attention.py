@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +14,15 @@ ROTARY_BASE = 10000.0
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys, rotated to their positions, and values of the tokens so far: [B, H, position, d] each."""
+    """Keys, rotated to their positions, and values of the tokens so far (or of a chunk of the sequence): [B, H, T, d]
+    each."""
 
     keys: Tensor
     values: Tensor
 
     @property
-    def position(self) -> int:
-        """Tokens so far, which is the position of the next one."""
+    def length(self) -> int:
+        """Tokens T. Of all tokens so far it is the position of the next one."""
         return self.keys.shape[2]
 
 
@@ -53,11 +55,24 @@ class Attention(nn.Module):
         None is one document. valid: [B, T], False for padding, which no other token attends to (y there is finite and
         means nothing).
         """
-        assert doc_start is None or self.causal
-        q, k, v = self._qkv(x, torch.arange(x.shape[1], device=x.device))
-        mask = self._mask(x.shape[1], doc_start, valid)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and mask is None)
-        return self.out_proj(o.transpose(1, 2).flatten(2))
+        return self.extend(x, [], doc_start, valid)[0]
+
+    def extend(
+        self, x: Tensor, before: Sequence[KVCache], doc_start: Tensor | None = None, valid: Tensor | None = None
+    ) -> tuple[Tensor, KVCache]:
+        """The next chunk of a row: x [B, T, C] -> y [B, T, C] and the chunk's own keys and values.
+
+        before: keys and values of the chunks so far, S tokens in all. doc_start: [B, T] as in `forward`, counted from
+        the row's first token; valid: [B, S + T].
+        """
+        assert self.causal or (doc_start is None and not before)
+        start, length = sum(chunk.length for chunk in before), x.shape[1]
+        q, k, v = self._qkv(x, torch.arange(start, start + length, device=x.device))
+        mask = self._mask(start, x, doc_start, valid)
+        keys = torch.cat([*(chunk.keys for chunk in before), k], 2) if before else k
+        values = torch.cat([*(chunk.values for chunk in before), v], 2) if before else v
+        o = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=self.causal and mask is None)
+        return self.out_proj(o.transpose(1, 2).flatten(2)), KVCache(k, v)
 
     def step(self, x: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
         """The next token of every row, causal attention: x [B, C] -> y [B, C] and a new cache that holds it too.
@@ -66,7 +81,7 @@ class Attention(nn.Module):
         for the scores does.
         """
         assert self.causal
-        q, k, v = self._qkv(x.unsqueeze(1), torch.full((1,), cache.position, device=x.device))
+        q, k, v = self._qkv(x.unsqueeze(1), torch.full((1,), cache.length, device=x.device))
         cache = KVCache(torch.cat([cache.keys.to(k.dtype), k], 2), torch.cat([cache.values.to(v.dtype), v], 2))
         o = F.scaled_dot_product_attention(q, cache.keys, cache.values)
         return self.out_proj(o.flatten(1)), cache
@@ -81,25 +96,26 @@ class Attention(nn.Module):
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.n_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         return _rotate(q, positions), _rotate(k, positions), v
 
-    def _mask(self, length: int, doc_start: Tensor | None, valid: Tensor | None) -> Tensor | None:
-        """Which token (row of the mask) may attend to which, [B, 1, T, T]; None: to all, or all up to itself."""
+    def _mask(self, start: int, x: Tensor, doc_start: Tensor | None, valid: Tensor | None) -> Tensor | None:
+        """Which of the tokens x, the first of them at `start` (row of the mask), may attend to which so far:
+        [B, 1, T, start + T]; None: to all, or all up to itself."""
         if doc_start is not None and not bool((doc_start > 0).any()):
             doc_start = None
         if valid is not None and bool(valid.all()):
             valid = None
-        if doc_start is None and valid is None:
+        if doc_start is None and valid is None and not start:
             return None
-        some = doc_start if doc_start is not None else valid
-        assert some is not None
-        index = torch.arange(length, device=some.device)
-        mask = some.new_ones(len(some), length, length, dtype=torch.bool)
+        batch, length, _ = x.shape
+        index = torch.arange(start + length, device=x.device)
+        place = index[start:, None]
+        mask = torch.ones(batch, length, start + length, dtype=torch.bool, device=x.device)
         if self.causal:
-            mask &= index <= index[:, None]
+            mask &= index <= place
         if doc_start is not None:
             mask &= index >= doc_start[:, :, None]
         if valid is not None:
             # Padding attends to itself: a softmax over nothing would be NaN.
-            mask &= valid[:, None, :] | (index == index[:, None])
+            mask &= valid[:, None, :] | (index == place)
         return mask.unsqueeze(1)
 
 

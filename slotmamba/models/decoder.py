@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from slotmamba.config.schema import ModelConfig
+from slotmamba.config.schema import Checkpointing, ModelConfig
 from slotmamba.models.attention import Attention, KVCache
 from slotmamba.models.bdlru import BDLRU
 from slotmamba.models.injection import EncoderMemory, EncoderOutput
 from slotmamba.models.layers import SwiGLU
-from slotmamba.models.slot_memory import SlotLayerState, SlotMemory
+from slotmamba.models.recompute import chunked, run_layer
+from slotmamba.models.slot_memory import SlotLayerState, SlotMemory, shift
 from slotmamba_kernels import SlotState
 
 
@@ -36,6 +37,27 @@ class DecoderState:
     layers: list[LayerState]
 
 
+@dataclass(frozen=True)
+class ChunkState:
+    """What a layer carries from one chunk of a row to the next: its recurrences, and the keys and values of the chunks
+    so far, each as it was made, so that keeping them for every chunk's recomputation keeps them once."""
+
+    lru: Tensor
+    memory: SlotState
+    window: Tensor | None
+    attention: list[KVCache]
+
+
+@dataclass(frozen=True)
+class ChunkOutput:
+    """x [B, T, C]; the state, None after the last chunk; `ends` and `use` as `SlotMemory` returns them."""
+
+    x: Tensor
+    state: ChunkState | None
+    ends: list[SlotState]
+    use: Tensor
+
+
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -53,25 +75,80 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         *,
-        segments: list[slice],
+        chunks: list[list[slice]],
         below: list[SlotState] | None,
         doc_start: Tensor | None,
         valid: Tensor | None,
         encoder: EncoderOutput | None,
+        checkpointing: Checkpointing,
     ) -> tuple[Tensor, list[SlotState], Tensor]:
-        """x [B, T, C] -> x [B, T, C], the slot memory at the end of each segment but the last, the balance term."""
+        """x [B, T, C] -> x [B, T, C], the slot memory at the end of each segment but the last, the balance term.
+
+        chunks: of the row, each the list of its segments; checkpointing: what is kept of each for the backward pass.
+        """
+        memory = self._encoder_memory(encoder)
+        entering: list[SlotState | None] = [None, *below] if below is not None else [None] * sum(map(len, chunks))
+        # One split, not a slice for each chunk: its backward pass puts the gradients of all chunks together once.
+        pieces = x.split([chunk[-1].stop - chunk[0].start for chunk in chunks], 1)
+        state: ChunkState | None = None
+        outputs: list[ChunkOutput] = []
+        first = 0
+        for chunk, piece in zip(chunks, pieces, strict=True):
+            output = run_layer(
+                checkpointing, self._chunk, piece, state, chunk, entering[first : first + len(chunk)], doc_start, valid,
+                memory, chunk is chunks[-1],
+            )  # fmt: skip
+            outputs.append(output)
+            state = output.state
+            first += len(chunk)
+        xs = [output.x for output in outputs]
+        use = outputs[0].use
+        for output in outputs[1:]:
+            use = use + output.use
+        balance = self.slots.balance(use, x.shape[1] if valid is None else valid.sum(1))
+        return xs[0] if len(xs) == 1 else torch.cat(xs, 1), [end for output in outputs for end in output.ends], balance
+
+    def _chunk(
+        self,
+        x: Tensor,
+        state: ChunkState | None,
+        segments: list[slice],
+        below: list[SlotState | None],
+        doc_start: Tensor | None,
+        valid: Tensor | None,
+        encoder: EncoderMemory | None,
+        last: bool,
+    ) -> ChunkOutput:
+        """The next chunk, x [B, T, C]; the other arguments are those of the row. state: None at its start."""
+        start, stop = segments[0].start, segments[-1].stop
+        span = slice(start, stop)
+        attended = [] if state is None else state.attention
         if self.attention is not None and self.attention_norm is not None:
-            x = x + self.attention(self.attention_norm(x), doc_start=doc_start, valid=valid)
-        x = x + self.lru(self.lru_norm(x), doc_start=doc_start, valid=valid)[0]
-        y, ends, balance = self.slots(
+            y, own = self.attention.extend(
+                self.attention_norm(x), attended, None if doc_start is None else doc_start[:, span],
+                None if valid is None else valid[:, :stop],
+            )  # fmt: skip
+            if not last:
+                # A copy: the values are part of a larger tensor, which would be kept with them.
+                attended = [*attended, KVCache(own.keys, own.values.clone())]
+            x = x + y
+        doc_start = shift(doc_start, span)
+        valid = None if valid is None else valid[:, span]
+        y, lru = self.lru(self.lru_norm(x), None if state is None else state.lru, doc_start, valid)
+        x = x + y
+        y, ends, window, use = self.slots(
             self.slots_norm(x),
-            segments=segments,
+            segments=[slice(segment.start - start, segment.stop - start) for segment in segments],
             below=below,
+            memory=None if state is None else state.memory,
+            window=None if state is None else state.window,
             doc_start=doc_start,
             valid=valid,
-            encoder=self._encoder_memory(encoder),
+            encoder=encoder,
+            return_state=not last,
         )
-        return self._mlp(x + y), ends, balance
+        after = None if last else ChunkState(lru, ends[-1], window, attended)
+        return ChunkOutput(self._mlp(x + y), after, ends, use)
 
     def step(self, x: Tensor, state: LayerState, *, consume: bool = False) -> tuple[Tensor, LayerState]:
         """One token: x [B, C] -> x [B, C] and the state after it. consume: as in `SlotMemory.step`."""
@@ -114,10 +191,8 @@ class Decoder(nn.Module):
         self.config = config
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.decoder_layers))
         self.norm = nn.RMSNorm(config.d_model)
-        # Segments exist for the hand-over between layers and for injection; without either the memory runs in one go.
-        self.segmented = (config.slots.thread_layers and config.decoder_layers > 1) or bool(
-            config.decoder_inject_layers
-        )
+        self.checkpointing: Checkpointing = "none"
+        self.sequence_chunks = 1
 
     def forward(
         self,
@@ -128,17 +203,20 @@ class Decoder(nn.Module):
         encoder: EncoderOutput | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, C] embeddings -> normed hidden states [B, T, C] and the balance term, a mean over layers."""
-        segments = self._segments(x.shape[1])
+        # Without a backward pass chunks would save nothing.
+        chunks = chunked(self.config, x.shape[1], self.sequence_chunks if torch.is_grad_enabled() else 1)
+        checkpointing = "block" if self.checkpointing == "none" and len(chunks) > 1 else self.checkpointing
         below: list[SlotState] | None = None
         balances = []
         for layer in self._decoder_layers():
             x, below, balance = layer(
                 x,
-                segments=segments,
+                chunks=chunks,
                 below=below,
                 doc_start=doc_start,
                 valid=valid,
                 encoder=encoder,
+                checkpointing=checkpointing,
             )
             balances.append(balance)
         return self.norm(x), torch.stack(balances).mean()
@@ -149,7 +227,7 @@ class Decoder(nn.Module):
         consume: `state`, which a step has returned, may be overwritten and is not to be used again.
         """
         layers = state.layers
-        if self.segmented and state.position and state.position % self.config.slots.segment_len == 0:
+        if self.config.segmented and state.position and state.position % self.config.slots.segment_len == 0:
             layers = self._start_segment(layers)
         after = []
         for layer, layer_state in zip(self._decoder_layers(), layers, strict=True):
@@ -177,10 +255,6 @@ class Decoder(nn.Module):
             started.append(replace(state, slots=slots))
             below = state.slots.memory
         return started
-
-    def _segments(self, length: int) -> list[slice]:
-        size = self.config.slots.segment_len if self.segmented else length
-        return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
     def _initial_slots(self, batch: int, device: torch.device) -> SlotState:
         config = self.config

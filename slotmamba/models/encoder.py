@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from slotmamba.config.schema import ModelConfig
+from slotmamba.config.schema import Checkpointing, ModelConfig
 from slotmamba.models.attention import Attention
 from slotmamba.models.layers import SwiGLU
 from slotmamba.models.mamba2 import BiMamba2
+from slotmamba.models.recompute import run_layer
 
 
 class EncoderLayer(nn.Module):
@@ -24,7 +25,10 @@ class EncoderLayer(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.d_model) if config.mlp_ratio else None
         self.mlp = SwiGLU(config.d_model, round(config.mlp_ratio * config.d_model)) if config.mlp_ratio else None
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, valid: Tensor | None, checkpointing: Checkpointing) -> Tensor:
+        return run_layer(checkpointing, self._layer, x, valid)
+
+    def _layer(self, x: Tensor, valid: Tensor | None) -> Tensor:
         x = x + self.mixer(self.mixer_norm(x), valid=valid)
         if self.mlp is None or self.mlp_norm is None:
             return x
@@ -38,6 +42,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config, layer) for layer in range(config.encoder_layers))
         self.norm = nn.RMSNorm(config.d_model)
+        self.checkpointing: Checkpointing = "none"
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """x [B, S, C] embeddings -> normed hidden states [B, S, C].
@@ -45,5 +50,5 @@ class Encoder(nn.Module):
         valid: [B, S], False for padding, which changes nothing at the tokens (and where the output means nothing).
         """
         for layer in self.layers:
-            x = layer(x, valid)
+            x = layer(x, valid, self.checkpointing)
         return self.norm(x)

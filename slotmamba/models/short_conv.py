@@ -21,17 +21,26 @@ class ShortConv(nn.Module):
         self.weight = starts(nn.Parameter(torch.empty(channels, taps)), _shift_by_one)
         self.weight.no_weight_decay = True  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor, doc_start: Tensor | None = None) -> Tensor:
-        """x [B, T, channels], doc_start [B, T] as in `slotmamba_kernels.hksa` -> [B, T, channels]."""
-        length = x.shape[1]
+    def forward(self, x: Tensor, doc_start: Tensor | None = None, window: Tensor | None = None) -> Tensor:
+        """x [B, T, channels], doc_start [B, T] as in `slotmamba_kernels.hksa` -> [B, T, channels].
+
+        window: the taps-1 inputs before x, as `step` takes them; None before the first token.
+        """
+        length, taps = x.shape[1], self.taps
+        extended = F.pad(x, (0, 0, taps - 1, 0)) if window is None else torch.cat([window.flip(1), x], 1)
         y = x * self.weight[:, 0]
         position = torch.arange(length, device=x.device)
-        for i in range(1, min(self.taps, length)):
-            earlier = F.pad(x, (0, 0, i, 0))[:, :length]
+        for i in range(1, taps):
+            earlier = extended[:, taps - 1 - i : taps - 1 - i + length]
             if doc_start is not None:
                 earlier = earlier * (position - i >= doc_start).unsqueeze(-1)
             y = y + earlier * self.weight[:, i]
         return y
+
+    def window_after(self, x: Tensor, window: Tensor | None) -> Tensor:
+        """The window [B, taps - 1, channels] after the tokens x [B, T, channels], given the one before them."""
+        before = self.init_window(len(x)) if window is None else window
+        return torch.cat([x[:, 1 - self.taps :].flip(1), before], 1)[:, : self.taps - 1]
 
     def step(self, x: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
         """One token: x [B, channels] and the taps-1 inputs before it, newest first -> y and the new window."""

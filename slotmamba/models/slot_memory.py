@@ -92,43 +92,50 @@ class SlotMemory(nn.Module):
         x: Tensor,
         *,
         segments: list[slice],
-        below: list[SlotState] | None,
+        below: list[SlotState | None],
+        memory: SlotState | None = None,
+        window: Tensor | None = None,
         doc_start: Tensor | None = None,
         valid: Tensor | None = None,
         encoder: EncoderMemory | None = None,
-    ) -> tuple[Tensor, list[SlotState], Tensor]:
-        """Runs the memory over the tokens, segment by segment, from an empty one.
+        return_state: bool = False,
+    ) -> tuple[Tensor, list[SlotState], Tensor | None, Tensor]:
+        """Runs the memory over the tokens, segment by segment.
 
         Args:
             x: [B, T, C].
             segments: consecutive stretches of the tokens; state is handed from layer to layer between two of them.
-            below: `ends` of the layer below, None for the lowest layer.
+            below: memory of the layer below as each segment begins; None for the lowest layer and a row's first
+                segment.
+            memory, window: what the tokens before x have left, None at a row's start.
             doc_start: [B, T] as in `slotmamba_kernels.hksa`.
             valid: [B, T], False for padding, which writes nothing.
             encoder: output of the encoder, for layers with injection.
+            return_state: whether tokens follow, so that somebody takes over the memory after the last segment.
 
         Returns:
-            y [B, T, C]; the memory at the end of each segment but the last, after which nobody takes it over; the
-            balance term, a scalar.
+            y [B, T, C]; the memory at the end of each segment, of the last one with return_state only; the window after
+            x; what `balance` needs of x: [2, B, H, U, p], the distributions of the factors of write and read addresses,
+            summed over the tokens.
         """
-        write_logits = _float32(self.write_address, x)
+        write_logits, window_after = _float32(self.write_address, x), None
         if self.write_conv is not None:
-            write_logits = self.write_conv(write_logits, doc_start)
-        inputs, balance = self._inputs(x, write_logits, valid)
+            window_after = self.write_conv.window_after(write_logits, window)
+            write_logits = self.write_conv(write_logits, doc_start, window)
+        inputs, use = self._inputs(x, write_logits, valid)
         outputs: list[Tensor] = []
         ends: list[SlotState] = []
-        state: SlotState | None = None
         for number, span in enumerate(segments):
-            if number > 0:
-                state = self.hand_over(ends[-1], below[number - 1] if below is not None else None)
-            o, end = self._segment(
-                inputs.tokens(span), x[:, span], state, state, _shift(doc_start, span), encoder,
-                return_state=number + 1 < len(segments),
+            if memory is not None:
+                memory = self.hand_over(memory, below[number])
+            o, memory = self._segment(
+                inputs.tokens(span), x[:, span], memory, memory, shift(doc_start, span), encoder,
+                return_state=return_state or number + 1 < len(segments),
             )  # fmt: skip
             outputs.append(o)
-            if end is not None:
-                ends.append(end)
-        return self._output(torch.cat(outputs, 1), x), ends, balance
+            if memory is not None:
+                ends.append(memory)
+        return self._output(torch.cat(outputs, 1), x), ends, window_after, use
 
     def step(
         self, x: Tensor, state: SlotLayerState, encoder: EncoderMemory | None, *, consume: bool = False
@@ -227,8 +234,7 @@ class SlotMemory(nn.Module):
         if valid is not None:
             write_w = write_w * valid.view(batch, length, 1, 1)
         inputs = SlotInputs(*self._vectors(x), write_idx=write_idx, write_w=write_w, read_idx=read_idx, read_w=read_w)
-        balance = self._imbalance(write_logits, valid) + self._imbalance(read_logits, valid)
-        return inputs, balance
+        return inputs, torch.stack([_use(write_logits, valid), _use(read_logits, valid)])
 
     def _vectors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """q [B, T, H, d], k, u_k, u_v [B, T, H, n, d] and beta [B, T, H, n] of the tokens x [B, T, C]."""
@@ -250,21 +256,18 @@ class SlotMemory(nn.Module):
         shape = (*logits.shape[:2], self.heads, self.config.factors, self.config.factor_size)
         return logits.view(shape) * self.log_temperature[which].exp().view(-1, 1, 1)
 
-    def _imbalance(self, logits: Tensor, valid: Tensor | None) -> Tensor:
-        """sum_u (log p - entropy of the factor's mean distribution over a row's tokens), mean over heads and rows.
+    def balance(self, use: Tensor, tokens: Tensor | int) -> Tensor:
+        """sum_u (log p - entropy of the factor's mean distribution over a row's tokens), mean over heads and rows, of
+        write and read addresses together.
 
         The mean is over a row, not over the batch, so that the term is a mean over rows, the same for any accumulation
         and any number of processes (docs/decisions.md).
+
+        use: [2, B, H, U, p] of a whole row; tokens: how many it is summed over, [B] or of every row.
         """
-        probabilities = logits.softmax(-1)
-        if valid is None:
-            mean = probabilities.mean(1)
-        else:
-            # Not a matrix product, which autocast would round to bfloat16.
-            weight = valid.float() / valid.sum(1, keepdim=True).clamp(min=1)
-            mean = (probabilities * weight.view(*valid.shape, 1, 1, 1)).sum(1)
+        mean = use / (tokens.clamp(min=1).view(-1, 1, 1, 1) if isinstance(tokens, Tensor) else tokens)
         entropy = -(mean * (mean + 1e-9).log()).sum(-1)
-        return (math.log(self.config.factor_size) - entropy).sum(-1).mean()
+        return (math.log(self.config.factor_size) - entropy).sum(-1).mean((1, 2)).sum()
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         return self.out_proj(self.norm(o.to(self.norm.weight.dtype)).flatten(2) * F.silu(self.gate_proj(x)))
@@ -278,6 +281,15 @@ def _float32(linear: nn.Linear, x: Tensor) -> Tensor:
     return y
 
 
-def _shift(doc_start: Tensor | None, span: slice) -> Tensor | None:
-    """Document starts of a segment, counted from its first token."""
+def _use(logits: Tensor, valid: Tensor | None) -> Tensor:
+    """Distributions of the factors of logits [B, T, H, U, p], summed over the tokens that count."""
+    probabilities = logits.softmax(-1)
+    if valid is not None:
+        # Not a matrix product, which autocast would round to bfloat16.
+        probabilities = probabilities * valid.view(*valid.shape, 1, 1, 1)
+    return probabilities.sum(1)
+
+
+def shift(doc_start: Tensor | None, span: slice) -> Tensor | None:
+    """Document starts of a stretch of tokens, counted from its first."""
     return None if doc_start is None else doc_start[:, span] - span.start

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slotmamba.config.schema import ModelConfig
+from slotmamba.config.schema import Checkpointing, ModelConfig
 from slotmamba.models.decoder import Decoder, DecoderState
 from slotmamba.models.encoder import Encoder
 from slotmamba.models.initial import normal, starts
@@ -50,6 +50,14 @@ class _SlotMamba(nn.Module):
             self.output.weight = self.embedding.weight
         else:
             starts(self.output.weight, normal(0.02))
+
+    def save_memory(self, checkpointing: Checkpointing, sequence_chunks: int = 1) -> None:
+        """Has the backward pass compute again what it would otherwise keep. Values without gradients stay as they are.
+
+        checkpointing, sequence_chunks: as `train.activation_checkpointing` and `train.sequence_chunks` of a recipe.
+        Losses of rows with fewer segments (or tokens) than sequence_chunks raise ValueError.
+        """
+        self.decoder.checkpointing, self.decoder.sequence_chunks = checkpointing, sequence_chunks
 
     def step(self, tokens: Tensor, state: DecoderState, *, consume: bool = False) -> tuple[Tensor, DecoderState]:
         """One token for every row: tokens [B] -> logits [B, V] of the next token, and the state after it.
@@ -127,6 +135,10 @@ class SlotMambaForSeq2Seq(_SlotMamba):
             raise ValueError("SlotMambaForSeq2Seq needs an encoder: set encoder_layers or use SlotMambaForCausalLM")
         super().__init__(config)
         self.encoder = Encoder(config)
+
+    def save_memory(self, checkpointing: Checkpointing, sequence_chunks: int = 1) -> None:
+        super().save_memory(checkpointing, sequence_chunks)
+        self.encoder.checkpointing = checkpointing
 
     def encode(self, encoder_ids: Tensor, encoder_valid: Tensor | None = None) -> EncoderOutput:
         """encoder_ids [B, S] (embedded with the decoder's embedding) and which of them are tokens [B, S]."""

@@ -104,7 +104,7 @@ def test_steps_equal_forward_and_leave_their_cache_alone() -> None:
     y = layer(x)
     cache = layer.init_cache(3)
     for t in range(40):
-        assert cache.position == t
+        assert cache.length == t
         again, _ = layer.step(x[:, t] + 1, cache)
         y_t, cache = layer.step(x[:, t], cache)
         torch.testing.assert_close(y_t, y[:, t], rtol=0, atol=1e-5)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slotmamba.config.schema import ModelConfig
 from slotmamba.models import SlotMambaForCausalLM, SlotMambaForSeq2Seq, build_model
+from slotmamba.models.slot_memory import _use
 from slotmamba_kernels import kronecker_topk
 from tests.models.model_cases import (
     LENGTH,
@@ -224,9 +225,11 @@ def test_autocast_does_not_round_the_balance_term() -> None:
     memory = decoder_only().decoder.layers[0].slots
     logits = torch.randn(2, LENGTH, 2, 3, 2)
     for valid in (None, torch.arange(LENGTH) < torch.tensor([[LENGTH], [5]])):
-        balance = memory._imbalance(logits, valid)
+        use = _use(logits, valid)
+        balance = memory.balance(torch.stack([use, use]), LENGTH)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(memory._imbalance(logits, valid), balance)
+            assert torch.equal(_use(logits, valid), use)
+            assert torch.equal(memory.balance(torch.stack([use, use]), LENGTH), balance)
 
 
 @torch.no_grad()
