@@ -39,6 +39,10 @@ def zero_config(recipe: Recipe) -> dict[str, Any]:
     """DeepSpeed's configuration for a recipe."""
     parallel, train = recipe.parallel, recipe.train
     zero: dict[str, Any] = {"stage": parallel.zero_stage, "contiguous_gradients": True, "overlap_comm": True}
+    if parallel.zero_stage == 3:
+        # Parameters up to this size stay whole in every process. DeepSpeed's default, but less than the matrices of a
+        # tiny model.
+        zero["stage3_param_persistence_threshold"] = min(100_000, recipe.model.d_model**2 // 2)
     if parallel.cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
