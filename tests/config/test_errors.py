@@ -62,8 +62,11 @@ COMBINATIONS = [
     ("model.slots.factors=1", "model.slots: top_k=8 is more than the factor_size^factors = 4 slots there are"),
     ("train.tokens=100", "train: give either train.steps or train.tokens, one of them"),
     ("optim.warmup=11", "optim.warmup=11 is more than the 10 steps of the run"),
-    ("train.sequence_chunks=2", "train.sequence_chunks=2: chunks are whole segments, and a row of data.seq_len=64 has "
-     "1 of model.slots.segment_len=1024; take fewer chunks"),
+    (
+        "train.sequence_chunks=2",
+        "train.sequence_chunks=2: chunks are whole segments, and a row of data.seq_len=64 has "
+        "1 of model.slots.segment_len=1024; take fewer chunks",
+    ),
     ("data.sources.1.name=text", "data: data.sources: the names ['text', 'text'] are not distinct"),
     ("data.seq_len=100", "train.global_batch_tokens=512 is not a multiple of data.seq_len=100"),
 ]

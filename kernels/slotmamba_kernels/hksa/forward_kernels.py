@@ -147,7 +147,7 @@ def chain_forward(
     z_after += writes
     alongs += writes * (2 * NS)
 
-    held = tl.zeros([2, BD], tl.float32)  # C = S / z, but S in a probe, whose z may be 0
+    state = tl.zeros([2, BD], tl.float32)
     z = 0.0 if PROBE else empty_z + 0.0
     event = tl.load(order + first, mask=first < last, other=0)
     source = tl.load(previous + first, mask=first < last, other=-1)
@@ -155,8 +155,8 @@ def chain_forward(
     if SPLIT and not PROBE:
         if (block >= 0) & (source >= 0):
             z = tl.load(block_z + at_block)
-            state = block_states + at_block * (2 * D)
-            held = load_pair(state, state + D, row, d, True, D, BD) / z
+            begun = block_states + at_block * (2 * D)
+            state = load_pair(begun, begun + D, row, d, True, D, BD)
     ahead = ()
     for x in tl.static_range(DEPTH):
         early = tl.load(order + first + x, mask=first + x < last, other=0)
@@ -176,59 +176,56 @@ def chain_forward(
         weight = write[0]
 
         z = tl.where(source == -1, empty_z, z)
-        if SURPRISE:
-            held = tl.where(source == -1, 0.0, held)
+        state = tl.where(source == -1, 0.0, state)
         if ENTERING:
             if source <= -2:
                 memory = s * R_in + (-2 - source)
                 z = tl.load(in_z + memory)
-                held = load_pair(in_k + memory * D, in_v + memory * D, row, d, True, D, BD) / (1.0 if PROBE else z)
+                state = load_pair(in_k + memory * D, in_v + memory * D, row, d, True, D, BD)
         if SURPRISE and not PROBE:
             total = 0.0
             mean = tl.zeros([2, BD], tl.float32)
             for j in tl.static_range(NS):
                 total += write[3 * j + 2]
                 mean += write[3 * j + 2] * write[3 * j + 4].to(tl.float32)
-            miss = held - mean / tl.maximum(total, MIN_BETA_SUM)
+            miss = state / z - mean / tl.maximum(total, MIN_BETA_SUM)
             tl.store(errors + (writes + event) * 2 + row, tl.sum(miss * miss, 1) / D)
 
         decay = tl.exp(power * write[1])
-        kept = z * decay
-        z = kept + weight
-        inverse = 1.0 if PROBE else 1.0 / z
-        held *= tl.where(source == -1, 0.0, decay if PROBE else kept * inverse)
+        z = z * decay + weight
+        state *= decay
         for j in tl.static_range(NS):
             step = weight * write[3 * j + 2]
             key = write[3 * j + 3].to(tl.float32)
-            along = tl.sum(key * held, 1)
-            held += (step * inverse) * write[3 * j + 4].to(tl.float32)
-            held -= key * (step * along)[:, None]
+            along = tl.sum(key * state, 1)
+            state += step * write[3 * j + 4].to(tl.float32)
+            state -= key * (step * along)[:, None]
             if not PROBE:
-                tl.store(alongs + (event * NS + j) * 2 + row, along * z)
+                tl.store(alongs + (event * NS + j) * 2 + row, along)
         if INJECT:
             at = (row0 + event // K * H) * K + event % K
             share = tl.load(tl.where(row == 0, lam_k, lam_v) + at).to(tl.float32)
             share = tl.where(weight > 0.0, share, 0.0)[:, None]
             injected = load_pair(c_k + at * D, c_v + at * D, row, d, True, D, BD).to(tl.float32)
-            held = held * (1.0 - share) + share * injected
+            state = state * (1.0 - share) + (share * z) * injected
 
         if not PROBE:
             here = contents + event * (2 * D)
             # The table does not fit the L2 cache; the vectors that other chains are about to load should stay there.
-            store_pair(here, here + D, row, d, held, D, BD, "evict_first")
+            store_pair(here, here + D, row, d, state * (1.0 / z), D, BD, "evict_first")
             tl.store(z_after + event, z)
         if LEAVING and not PROBE:
             left = tl.load(leaving + writes + p)
             if left >= 0:
                 memory = s * R_out + left
-                store_pair(out_k + memory * D, out_v + memory * D, row, d, held * z, D, BD)
+                store_pair(out_k + memory * D, out_v + memory * D, row, d, state, D, BD)
                 tl.store(out_z + memory, z)
         event = next_event
         source = next_source
     if PROBE:
         if first < last:
-            state = block_states + at_block * (2 * D)
-            store_pair(state, state + D, row, d, held, D, BD)
+            ended = block_states + at_block * (2 * D)
+            store_pair(ended, ended + D, row, d, state, D, BD)
             tl.store(block_z + at_block, z)
 
 

@@ -58,18 +58,20 @@ class Split:
 
 
 def split_long_chains(x: Inputs, at: Stretch, log_keep: Tensor) -> Split | None:
-    """Chooses on the GPU which buckets of a stretch are split. None if surely none is worth it: all are short.
+    """Chooses on the GPU which buckets of a stretch are split.
 
-    Chains with injection are not split: their maps mix the state with the normaliser.
+    None where it is not worth asking: all are short, or there are so many streams that a slot which every token writes
+    would not fit their share of the workspace. Chains with injection are not split: their maps mix the state with the
+    normaliser.
     """
     batch, length, heads, steps, writes, _, dim = x.sizes
     streams, events, buckets = batch * heads, at.length * writes, at.plan.num_buckets
     least = max(LEAST_WRITES, events * streams // FULL_GPU)
-    if events <= least or x.c_k is not None:
-        return None
     of_block = STEPS.value // steps
     most = events // (least + 1)  # buckets of more than `least` writes
-    capacity = min(ceil(events, of_block) + most, max(1, BLOCKS_IN_ALL // streams))
+    capacity = min(ceil(events, of_block) + most, BLOCKS_IN_ALL // streams)
+    if events <= least or capacity * of_block < at.length or x.c_k is not None:
+        return None
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(streams, *shape, dtype=dtype, device=x.q.device)
