@@ -94,7 +94,10 @@ def _recomputed_layer(recipe: Recipe, row: RowShape, layer: int, matrix: int) ->
     total = share * (rest + max(mlp, workspace))
     if layer == config.attention_layer and share < 1:
         total += 2 * matrix * width  # keys and values of all chunks side by side
-    states = len(longest) + 1 if config.slots.thread_layers and config.decoder_layers > 1 else 0
+    states = 0
+    if config.slots.thread_layers and config.decoder_layers > 1:
+        # Gradients of the memories at the ends of all segments, from the layer above, and of one that comes and goes.
+        states = -(-row.tokens // config.slots.segment_len) + 1
     residual = 2 * FLOAT * width  # gradients of what enters and leaves the layer
     return total + residual + states * slot_state(config) / row.tokens
 
