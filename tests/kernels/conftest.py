@@ -27,7 +27,7 @@ if backends.TRITON_INSTALLED and backends.interpreting():
 
 @pytest.fixture
 def many_chains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small calls of HKSA as large ones are run: several buckets of slots for a program, and few slots in a bucket."""
+    """Small calls of HKSA as large ones are run: no writes loaded ahead, and few slots in a bucket."""
     from slotmamba_kernels.hksa import event_plan, launch
 
     monkeypatch.setattr(launch, "FEWEST_PROGRAMS", 1)

@@ -21,7 +21,7 @@ KERNELS = [
 
 
 def call(many_chains: bool, activations: torch.dtype, stretch: int | None = None, **options: Any) -> None:
-    """Forward and backward; with many chains a program takes as many as it may."""
+    """Forward and backward; with many chains no writes are loaded ahead."""
     torch.manual_seed(0)
     case = device_case(activations, **{"batch": 1, "length": 5, "num_slots": 64, **options})
     leaves = {name: x.requires_grad_() for name, x in case.tensors.items() if x.is_floating_point()}

@@ -19,7 +19,7 @@ from slotmamba_kernels.hksa.token_kernels import token_backward
 CHAIN_READS = 1  # of the state after a write that are loaded with it; on average there is one
 LOG_KEEP_BLOCK = 1024
 SURPRISE_TILE = 32  # writes of a bucket whose surprise is formed at a time
-FEWEST_PROGRAMS = 4096  # below it a program takes fewer chains, so that the GPU has enough of them
+FEWEST_PROGRAMS = 4096  # below it a warp has few others to wait beside, and loads its next writes ahead
 
 
 def write_forward(
