@@ -48,13 +48,6 @@ def load_vectors(x, offset, d, live, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def store_vectors(x, offset, d, live, value, D: tl.constexpr, BD: tl.constexpr):
-    at = x + offset[:, None] + d[None, :]
-    mask = live[:, None] if D == BD else live[:, None] & (d[None, :] < D)
-    tl.store(at, value.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def take(values, first: tl.constexpr, count: tl.constexpr):
     """values[first : first + count] of a tuple."""
     taken = ()
