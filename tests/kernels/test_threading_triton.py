@@ -81,12 +81,13 @@ def run(
 
 
 def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], rtol: float = 1e-5) -> None:
-    """Within rtol of the largest magnitude, or of 1 if that is larger."""
+    """Within rtol of the largest magnitude, or of 1 if that is larger; ten times it for a head's parameters, whose
+    gradients are sums over all slots that may cancel out."""
     assert got.keys() == want.keys()
     for name, expected in want.items():
-        scale = max(float(expected.detach().abs().max()), 1.0)
+        scale = max(float(expected.detach().abs().max()), 1.0) * (10 if expected.ndim <= 1 else 1)
         difference = float((got[name].double() - expected).detach().abs().max())
-        assert difference <= rtol * scale, f"{name}: off by {difference:.1e}, largest entry {scale:.1e}"
+        assert difference <= rtol * scale, f"{name}: off by {difference:.1e}, scale {scale:.1e}"
 
 
 def assert_right(own: SlotState, below: SlotState, gate: tuple[Tensor, Tensor]) -> SlotState:

@@ -87,7 +87,9 @@ def test_offline_run_and_its_resumption(tmp_path: Path, caplog: pytest.LogCaptur
     files = [path.name for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
     assert set(files) == {f"run-{state['id']}.wandb"}
     train = {"train/loss": 3.0, "train/loss/text": 2.5, "train/skipped": False}
-    rows = own(stored(tmp_path))
+    deadline = time.monotonic() + 60
+    while len(rows := own(stored(tmp_path))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.2)  # wandb's own process may still be writing
     assert rows[:2] == [
         {"step": 10, **train},
         {"step": 10, "validation/text/loss": 4.0, "validation/text/recall/64x4": 0.5},
