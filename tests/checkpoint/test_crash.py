@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.toy_run import ToyRun
+from tests.disks import mounted_disk
 
 KILLED = f"exit {-signal.SIGKILL}"
 
@@ -124,13 +125,8 @@ def test_no_room_for_a_file(tmp_path: Path, children: Children) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    with mounted_disk(tmp_path, "400k") as disk:
+        yield disk
 
 
 def test_full_disk(small_disk: Path) -> None:

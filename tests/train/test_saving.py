@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from slotmamba.cli import main
 from slotmamba.evaluate.validation import Validation
 from slotmamba.global_step import GlobalStep
 from slotmamba.train import train
+from tests.disks import mounted_disk
 from tests.train.runs import Runs, assert_same_run, assert_same_tensors, committed, fails, succeeds, tensors
 
 pytestmark = [pytest.mark.usefixtures("without_plots"), pytest.mark.timeout(300)]
@@ -65,13 +65,8 @@ def test_training_and_validation_draw_no_random_numbers(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    with mounted_disk(tmp_path, "8m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
