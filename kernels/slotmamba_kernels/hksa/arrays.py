@@ -118,8 +118,3 @@ class Gradients:
             lam_k=None if x.lam_k is None else torch.empty_like(x.lam_k, dtype=float32),
             lam_v=None if x.lam_v is None else torch.empty_like(x.lam_v, dtype=float32),
         )  # fmt: skip
-
-
-def ceil(count: int, size: int) -> int:
-    """triton.cdiv, which takes microseconds when called from Python."""
-    return -(-count // size)

@@ -101,7 +101,7 @@ def bucket_shift(num_slots: int, writes: int) -> int:
     return bits - min(bits, MAX_DIGIT_BITS, max(writes // EVENTS_PER_BUCKET, 1).bit_length() - 1)
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
     """triton.cdiv, which takes microseconds when called from Python."""
     return -(-a // b)
 
@@ -119,7 +119,7 @@ class _Sizes:
     block: int
 
     def blocks(self, count: int) -> int:
-        return _ceil_div(count, self.block)
+        return ceil_div(count, self.block)
 
 
 def _sizes(num_slots: int, streams: int, writes: int, reads: int) -> _Sizes:
@@ -128,8 +128,8 @@ def _sizes(num_slots: int, streams: int, writes: int, reads: int) -> _Sizes:
     bits = _slot_bits(num_slots)
     top = min(bits, MAX_DIGIT_BITS)
     digits, shift = [], 0
-    for left in range(_ceil_div(bits - top, MAX_DIGIT_BITS), 0, -1):
-        width = _ceil_div(bits - top - shift, left)
+    for left in range(ceil_div(bits - top, MAX_DIGIT_BITS), 0, -1):
+        width = ceil_div(bits - top - shift, left)
         digits.append((shift, width))
         shift += width
     digits.append((shift, top))
@@ -177,7 +177,7 @@ def make_event_plan(
     sizes = _sizes(num_slots, streams, *counts)
     plan = EventPlan.empty(batch, length, heads, writes, reads, num_slots, write_idx.device)
     words = _sort(write_idx, read_idx, start, counts, plan, sizes)
-    link_kernel[_ceil_div(max(counts), TILE), streams, 2](
+    link_kernel[ceil_div(max(counts), TILE), streams, 2](
         *words, plan.write_bucket,
         *(write_idx if x is None else x for x in (doc_start, entering_slots, leaving_slots)),  # not looked at if None
         plan.write_order, plan.previous, plan.leaving, plan.write_source,
@@ -214,7 +214,7 @@ def _sort(
             num_warps=8, num_stages=1,
         )  # fmt: skip
         words = workspace.words[(number + 1) % 2]
-        scatter_kernel[_ceil_div(max(counts), TILE), streams, 2](
+        scatter_kernel[ceil_div(max(counts), TILE), streams, 2](
             *shared, *words, plan.read_range, *where, **per_token, BLOCK=sizes.block, TILE=TILE, BITS=bits,
             FIRST=first, num_warps=4, num_stages=1,
         )  # fmt: skip
@@ -233,8 +233,8 @@ class _Workspace:
         numbers = [streams * count for count in counts]
         digit_counts = [streams * sizes.blocks(count) * digits for count in counts]
         # In 8 bytes; pieces begin at multiples of 16 bytes, as the compiler is told of fresh tensors.
-        pieces = [*numbers * copies, *(_ceil_div(x, 2) for x in numbers + digit_counts)]
-        pieces = [_ceil_div(x, 2) * 2 for x in pieces]
+        pieces = [*numbers * copies, *(ceil_div(x, 2) for x in numbers + digit_counts)]
+        pieces = [ceil_div(x, 2) * 2 for x in pieces]
         parts = torch.empty(sum(pieces), dtype=torch.int64, device=like.device).split(pieces)
         self.words = [parts[:2], parts[2:4] if copies == 2 else parts[:2]]
         ranks = parts[2 * copies :]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import triton
 from torch import Tensor
 
-from slotmamba_kernels.hksa.arrays import Gradients, Inputs, Stretch, Table, ceil
+from slotmamba_kernels.hksa.arrays import Gradients, Inputs, Stretch, Table
 from slotmamba_kernels.hksa.backward_kernels import chain_backward, entering_backward, read_backward
+from slotmamba_kernels.hksa.event_plan import ceil_div
 from slotmamba_kernels.hksa.forward_kernels import chain_forward, read_forward, write_log_keeps
 from slotmamba_kernels.hksa.split import Split, split_long_chains
 from slotmamba_kernels.hksa.state import SlotState
@@ -31,7 +33,7 @@ def write_forward(
     table = Table.empty(x, at.length)
     block = triton.next_power_of_2(dim)
     width = heads * writes
-    write_log_keeps[(ceil(at.length * width, LOG_KEEP_BLOCK), batch)](
+    write_log_keeps[(ceil_div(at.length * width, LOG_KEEP_BLOCK), batch)](
         x.write_w, table.log_keep, at.start, length, at.length, width, BLOCK=LOG_KEEP_BLOCK, num_warps=4
     )
 
@@ -50,9 +52,7 @@ def write_forward(
             num_warps=1,
         )  # fmt: skip
 
-    split = split_long_chains(x, at, table.log_keep)
-    carried = (None, None) if split is None else split.carry(x, at, partial(walk, probe=True), backward=False)
-    walk(split, carried)
+    _walk_chains(x, at, table, walk, backward=False)
     if x.a_s is not None:
         surprise_forward[(at.plan.num_buckets, streams)](
             x.write_w, at.plan.write_order, at.plan.previous, at.plan.leaving, at.plan.write_bucket, table.errors,
@@ -120,9 +120,7 @@ def stretch_backward(
             DEPTH=_depth(streams * programs), SPLIT=split is not None, PROBE=probe, num_warps=1,
         )  # fmt: skip
 
-    split = split_long_chains(x, at, table.log_keep)
-    carried = (None, None) if split is None else split.carry(x, at, partial(walk, probe=True), backward=True)
-    walk(split, carried)
+    _walk_chains(x, at, table, walk, backward=True)
     if adjoint_surprise is not None and d_leaving is not None:
         surprise_backward[(plan.num_buckets, streams)](
             x.write_w, plan.write_order, plan.previous, plan.leaving, plan.write_bucket, x.eta,
@@ -164,6 +162,13 @@ def _parts(memory: SlotState | None) -> tuple[Tensor | None, ...]:
 def _rows(memory: SlotState | None) -> int:
     """Rows of a stream in a memory."""
     return 1 if memory is None else memory.z.shape[-1]
+
+
+def _walk_chains(x: Inputs, at: Stretch, table: Table, walk: Callable[..., None], backward: bool) -> None:
+    """Calls walk(split, blocks): once if no chain is split, else as a probe first."""
+    split = split_long_chains(x, at, table.log_keep)
+    blocks = (None, None) if split is None else split.carry(x, at, partial(walk, probe=True), backward)
+    walk(split, blocks)
 
 
 def _programs(at: Stretch, split: Split | None, probe: bool) -> int:

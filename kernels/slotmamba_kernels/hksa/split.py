@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from slotmamba_kernels.hksa.arrays import Inputs, Stretch, ceil
+from slotmamba_kernels.hksa.arrays import Inputs, Stretch
+from slotmamba_kernels.hksa.event_plan import ceil_div
 from slotmamba_kernels.hksa.split_kernels import STEPS, carry_blocks, choose_blocks, map_blocks
 
 LEAST_WRITES = 192
@@ -69,7 +70,7 @@ def split_long_chains(x: Inputs, at: Stretch, log_keep: Tensor) -> Split | None:
     least = max(LEAST_WRITES, events * streams // FULL_GPU)
     of_block = STEPS.value // steps
     most = events // (least + 1)  # buckets of more than `least` writes
-    capacity = min(ceil(events, of_block) + most, BLOCKS_IN_ALL // streams)
+    capacity = min(ceil_div(events, of_block) + most, BLOCKS_IN_ALL // streams)
     if events <= least or capacity * of_block < at.length or x.c_k is not None:
         return None
 
