@@ -104,6 +104,35 @@ def load_back(
 
 
 @triton.jit
+def add_reads(
+    grad, grad_z, write, q, d_o, shares, d_z_read, read_order, first, last, row, d,
+    H: tl.constexpr, NS: tl.constexpr, KR: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, READS: tl.constexpr,
+):  # fmt: skip
+    """Adds the adjoints of the reads of a state: the READS that `load_back` loaded with its write, and all others, of
+    numbers [first, last)."""
+    for r in tl.static_range(READS):
+        grad += write[3 * r + 3 + 2 * NS][:, None] * write[3 * r + 2 + 2 * NS].to(tl.float32)
+        grad_z += write[3 * r + 4 + 2 * NS]
+    for number in range(first, last):
+        more = load_read(q, d_o, shares, d_z_read, read_order, number, row, d, True, H, KR, D, BD)
+        grad += more[1][:, None] * more[0].to(tl.float32)
+        grad_z += more[2]
+    return grad, grad_z
+
+
+@triton.jit
+def back_through_steps(grad, write, pulls, row, NS: tl.constexpr, STORE: tl.constexpr):
+    """Adjoint before the Householder steps of a write; with STORE pulls [n, 2] of the write are kept."""
+    for j in tl.static_range(NS - 1, -1, -1):
+        key = write[2 * j + 3].to(tl.float32)
+        pull = tl.sum(key * grad, 1)
+        grad -= key * (write[0] * write[2 * j + 2] * pull)[:, None]
+        if STORE:
+            tl.store(pulls + j * 2 + row, pull)
+    return grad
+
+
+@triton.jit
 def chain_backward(
     q, d_o, k, beta, w, log_keep, gamma,
     order, previous, leaving, bucket, block_begin, block_range, read_order, read_range,
@@ -186,15 +215,13 @@ def chain_backward(
                 memory = s * R_out + left
                 grad += load_pair(d_out_k + memory * D, d_out_v + memory * D, row, d, True, D, BD)
                 grad_z += tl.load(d_out_z + memory)
-        for r in tl.static_range(READS):
-            grad += write[3 * r + 3 + 2 * NS][:, None] * write[3 * r + 2 + 2 * NS].to(tl.float32)
-            grad_z += write[3 * r + 4 + 2 * NS]
         # The range is loaded in this iteration on purpose: a loop whose bound comes from values carried from one
         # iteration to the next is lowered wrongly by Triton 3.6 and 3.7, to the bound of the first iteration.
-        for number in range(tl.load(read_range + p * 2) + READS, tl.load(read_range + p * 2 + 1)):
-            more = load_read(q, d_o, shares, d_z_read, read_order, number, row, d, True, H, KR, D, BD)
-            grad += more[1][:, None] * more[0].to(tl.float32)
-            grad_z += more[2]
+        more = tl.load(read_range + p * 2) + READS
+        grad, grad_z = add_reads(
+            grad, grad_z, write, q, d_o, shares, d_z_read, read_order, more, tl.load(read_range + p * 2 + 1), row, d,
+            H, NS, KR, D, BD, READS,
+        )  # fmt: skip
 
         if not PROBE:
             here = adjoint + event * (2 * D)
@@ -207,12 +234,7 @@ def chain_backward(
             injected = load_pair(c_k + at * D, c_v + at * D, row, d, True, D, BD).to(tl.float32)
             grad_z += tl.sum(share * tl.sum(grad * injected, 1), 0)
             grad *= (1.0 - share)[:, None]
-        for j in tl.static_range(NS - 1, -1, -1):
-            key = write[2 * j + 3].to(tl.float32)
-            pull = tl.sum(key * grad, 1)
-            grad -= key * (weight * write[2 * j + 2] * pull)[:, None]
-            if not PROBE:
-                tl.store(pulls + (event * NS + j) * 2 + row, pull)
+        grad = back_through_steps(grad, write, pulls + event * (NS * 2), row, NS, not PROBE)
         decay = tl.exp(power * write[1])
         if ENTERING and not PROBE:
             if source <= -2:

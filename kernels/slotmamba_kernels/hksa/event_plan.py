@@ -17,6 +17,8 @@ from slotmamba_kernels.hksa.event_plan_kernels import link_kernel, rank_kernel, 
 MAX_DIGIT_BITS = 10
 """Of one pass of the sort: all of M=1024 slots in one pass, M=4^10 in two."""
 
+MOST_BUCKETS = 2**MAX_DIGIT_BITS  # they are counted by the last digit
+
 EVENTS_PER_BUCKET = 16
 """At least, on average, or a bucket is made of several slots. Few, since a bucket's writes wait for each other."""
 
@@ -41,7 +43,7 @@ class EventPlan:
     leaving: [S, N] by position, row of the leaving memory that the state after the write is; -1 if another write
         of the slot comes later, or the write's document is not the one alive at the end, or there is no such row.
     write_bucket: [S, NB+1] positions at which buckets begin, NB = num_buckets; the last entry is N. The bucket of a
-        slot is slot >> bucket_shift(M, N), the slot itself if NB = M.
+        slot is slot >> bucket_shift(M, N), or the slot itself: NB = M.
     read_order: [S, R] reads sorted by (slot, time).
     read_bucket: [S, NB+1] the same as write_bucket, for reads.
     read_range: [S, N, 2] by position of the write, [begin, end) in read_order of the reads that see the state after it;
@@ -62,11 +64,20 @@ class EventPlan:
 
     @classmethod
     def empty(
-        cls, batch: int, length: int, heads: int, writes: int, reads: int, num_slots: int, device: torch.device
+        cls,
+        batch: int,
+        length: int,
+        heads: int,
+        writes: int,
+        reads: int,
+        num_slots: int,
+        device: torch.device,
+        bucket_per_slot: bool = False,
     ) -> EventPlan:
         """A plan of this size that says nothing yet: B, L, H, K, K', M."""
         streams, events = batch * heads, length * writes
-        buckets = ((num_slots - 1) >> bucket_shift(num_slots, events)) + 1
+        shift = 0 if bucket_per_slot else bucket_shift(num_slots, events)
+        buckets = ((num_slots - 1) >> shift) + 1
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.int32, device=device)
@@ -122,7 +133,7 @@ class _Sizes:
         return ceil_div(count, self.block)
 
 
-def _sizes(num_slots: int, streams: int, writes: int, reads: int) -> _Sizes:
+def _sizes(num_slots: int, streams: int, writes: int, reads: int, bucket_per_slot: bool) -> _Sizes:
     """For streams of so many writes and reads."""
     # The most significant digit is the widest, since buckets are made of it; the others share what is left.
     bits = _slot_bits(num_slots)
@@ -135,7 +146,8 @@ def _sizes(num_slots: int, streams: int, writes: int, reads: int) -> _Sizes:
     digits.append((shift, top))
     # A warp walks through each block. Enough of them to fill a GPU, but not many more counts than events.
     block = 1 << max(streams * (writes + reads) // RANK_PROGRAMS - 1, 0).bit_length()
-    return _Sizes(tuple(digits), bucket_shift(num_slots, writes), min(max(block, MIN_BLOCK), MAX_BLOCK))
+    in_bucket = 0 if bucket_per_slot else bucket_shift(num_slots, writes)
+    return _Sizes(tuple(digits), in_bucket, min(max(block, MIN_BLOCK), MAX_BLOCK))
 
 
 def make_event_plan(
@@ -149,6 +161,7 @@ def make_event_plan(
     entering: str = "dense",
     entering_slots: Tensor | None = None,
     leaving_slots: Tensor | None = None,
+    bucket_per_slot: bool = False,
 ) -> EventPlan:
     """The plan of the stretch of tokens [start, start + length) of a call, without waiting for the GPU.
 
@@ -164,6 +177,7 @@ def make_event_plan(
         entering_slots: [B*H, rows] int32, contiguous; slots of the sparse entering memory, ascending, filled up with
             num_slots.
         leaving_slots: the same of the leaving memory; None: slot m is row m.
+        bucket_per_slot: make a bucket of every slot, however few its events are; for at most MOST_BUCKETS slots.
 
     Raises:
         ValueError: shapes, dtypes or a stretch that do not fit.
@@ -174,8 +188,9 @@ def make_event_plan(
     _check(write_idx, read_idx, start, length, doc_start, entering, entering_slots, leaving_slots)
     streams = batch * heads
     counts = (length * writes, length * reads)
-    sizes = _sizes(num_slots, streams, *counts)
-    plan = EventPlan.empty(batch, length, heads, writes, reads, num_slots, write_idx.device)
+    assert num_slots <= MOST_BUCKETS or not bucket_per_slot
+    sizes = _sizes(num_slots, streams, *counts, bucket_per_slot)
+    plan = EventPlan.empty(batch, length, heads, writes, reads, num_slots, write_idx.device, bucket_per_slot)
     words = _sort(write_idx, read_idx, start, counts, plan, sizes)
     link_kernel[ceil_div(max(counts), TILE), streams, 2](
         *words, plan.write_bucket,

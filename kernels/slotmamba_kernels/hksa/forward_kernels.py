@@ -98,6 +98,45 @@ def load_write(
 
 
 @triton.jit
+def prediction_error(state, z, write, NS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Mean squared miss [2] of what the slot holds, S / z, by the mean of what is to be written."""
+    total = 0.0
+    mean = tl.zeros([2, BD], tl.float32)
+    for j in tl.static_range(NS):
+        total += write[3 * j + 2]
+        mean += write[3 * j + 2] * write[3 * j + 4].to(tl.float32)
+    miss = state / z - mean / tl.maximum(total, MIN_BETA_SUM)
+    return tl.sum(miss * miss, 1) / D
+
+
+@triton.jit
+def decay_and_write(state, z, write, power, alongs, row, NS: tl.constexpr, STORE: tl.constexpr):
+    """S and z after the decay and the Householder steps of a write; with STORE alongs [n, 2] of the write are kept."""
+    weight = write[0]
+    decay = tl.exp(power * write[1])
+    z = z * decay + weight
+    state *= decay
+    for j in tl.static_range(NS):
+        step = weight * write[3 * j + 2]
+        key = write[3 * j + 3].to(tl.float32)
+        along = tl.sum(key * state, 1)
+        state += step * write[3 * j + 4].to(tl.float32)
+        state -= key * (step * along)[:, None]
+        if STORE:
+            tl.store(alongs + j * 2 + row, along)
+    return state, z
+
+
+@triton.jit
+def store_contents(contents, z_after, event, row, d, state, z, D: tl.constexpr, BD: tl.constexpr):
+    """Leaves S / z and z after a write for the reads."""
+    here = contents + event * (2 * D)
+    # The table does not fit the L2 cache; the vectors that other chains are about to load should stay there.
+    store_pair(here, here + D, row, d, state * (1.0 / z), D, BD, "evict_first")
+    tl.store(z_after + event, z)
+
+
+@triton.jit
 def chain_forward(
     k, u_k, u_v, beta, w, log_keep, gamma,
     order, previous, leaving, bucket, block_begin, block_range,
@@ -176,25 +215,9 @@ def chain_forward(
                 z = tl.load(in_z + memory)
                 state = load_pair(in_k + memory * D, in_v + memory * D, row, d, True, D, BD)
         if SURPRISE and not PROBE:
-            total = 0.0
-            mean = tl.zeros([2, BD], tl.float32)
-            for j in tl.static_range(NS):
-                total += write[3 * j + 2]
-                mean += write[3 * j + 2] * write[3 * j + 4].to(tl.float32)
-            miss = state / z - mean / tl.maximum(total, MIN_BETA_SUM)
-            tl.store(errors + (writes + event) * 2 + row, tl.sum(miss * miss, 1) / D)
+            tl.store(errors + (writes + event) * 2 + row, prediction_error(state, z, write, NS, D, BD))
 
-        decay = tl.exp(power * write[1])
-        z = z * decay + weight
-        state *= decay
-        for j in tl.static_range(NS):
-            step = weight * write[3 * j + 2]
-            key = write[3 * j + 3].to(tl.float32)
-            along = tl.sum(key * state, 1)
-            state += step * write[3 * j + 4].to(tl.float32)
-            state -= key * (step * along)[:, None]
-            if not PROBE:
-                tl.store(alongs + (event * NS + j) * 2 + row, along)
+        state, z = decay_and_write(state, z, write, power, alongs + event * (NS * 2), row, NS, not PROBE)
         if INJECT:
             at = (row0 + event // K * H) * K + event % K
             share = tl.load(tl.where(row == 0, lam_k, lam_v) + at).to(tl.float32)
@@ -203,10 +226,7 @@ def chain_forward(
             state = state * (1.0 - share) + (share * z) * injected
 
         if not PROBE:
-            here = contents + event * (2 * D)
-            # The table does not fit the L2 cache; the vectors that other chains are about to load should stay there.
-            store_pair(here, here + D, row, d, state * (1.0 / z), D, BD, "evict_first")
-            tl.store(z_after + event, z)
+            store_contents(contents, z_after, event, row, d, state, z, D, BD)
         if LEAVING and not PROBE:
             left = tl.load(leaving + writes + p)
             if left >= 0:

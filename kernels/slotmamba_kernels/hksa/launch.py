@@ -32,10 +32,7 @@ def write_forward(
     streams = batch * heads
     table = Table.empty(x, at.length)
     block = triton.next_power_of_2(dim)
-    width = heads * writes
-    write_log_keeps[(ceil_div(at.length * width, LOG_KEEP_BLOCK), batch)](
-        x.write_w, table.log_keep, at.start, length, at.length, width, BLOCK=LOG_KEEP_BLOCK, num_warps=4
-    )
+    form_log_keeps(x, at, table)
 
     def walk(split: Split | None, blocks: tuple[Tensor | None, Tensor | None], probe: bool = False) -> None:
         programs = _programs(at, split, probe)
@@ -64,6 +61,15 @@ def write_forward(
     return table
 
 
+def form_log_keeps(x: Inputs, at: Stretch, table: Table) -> None:
+    """log(1 - write weight) of the stretch's writes, once for all kernels that decay by it."""
+    batch, length, heads, _, writes, _, _ = x.sizes
+    width = heads * writes
+    write_log_keeps[(ceil_div(at.length * width, LOG_KEEP_BLOCK), batch)](
+        x.write_w, table.log_keep, at.start, length, at.length, width, BLOCK=LOG_KEEP_BLOCK, num_warps=4
+    )
+
+
 def read_tokens(x: Inputs, at: Stretch, entering: SlotState | None, table: Table, num_slots: int, o: Tensor) -> None:
     """Reads the stretch's tokens into o [B, T, H, d]."""
     batch, length, heads, _, _, reads, dim = x.sizes
@@ -89,20 +95,8 @@ def stretch_backward(
 ) -> None:
     """Fills the stretch's tokens of `grads` and, in place, the rows of d_entering that the stretch uses."""
     batch, length, heads, steps, writes, reads, dim = x.sizes
-    streams, device = batch * heads, x.q.device
-    block, empty_z = triton.next_power_of_2(dim), 1.0 / num_slots
-    width = triton.next_power_of_2(reads)
-    plan, memory = at.plan, _parts(entering)
-    shares = torch.empty(streams, at.length * reads, 2, dtype=torch.float32, device=device)
-    d_z_read = torch.empty(streams, at.length * reads, dtype=torch.float32, device=device)
-    read_backward[(at.length * heads, batch)](
-        x.q, x.read_w, plan.read_source, table.contents, table.z, *memory[:3], d_o,
-        grads.q, grads.read_w, shares, d_z_read,
-        at.start, length, at.length, table.z.shape[1], _rows(entering), empty_z, dim**-0.5,
-        H=heads, K=reads, BK=width, D=dim, BD=block, ENTERING=entering is not None,
-        num_warps=_token_warps(width * block),
-    )  # fmt: skip
-
+    streams, block, plan = batch * heads, triton.next_power_of_2(dim), at.plan
+    shares, d_z_read = backward_of_reads(x, at, entering, table, num_slots, d_o, grads)
     adjoint = torch.empty_like(table.contents, dtype=x.adjoint_dtype)
     adjoint_z, pulls = torch.empty_like(table.z), torch.empty_like(table.alongs)
     adjoint_surprise = None if table.surprise is None else torch.zeros_like(table.surprise)
@@ -135,15 +129,49 @@ def stretch_backward(
             H=heads, KR=reads, D=dim, BD=block, ONE_SLOT=plan.num_buckets == num_slots, num_warps=1,
         )  # fmt: skip
 
-    head_shares = torch.empty(3, streams, at.length, dtype=torch.float32, device=device)
+    backward_of_tokens(x, at, entering, table, num_slots, (adjoint, adjoint_z, pulls, adjoint_surprise), grads)
+
+
+def backward_of_reads(
+    x: Inputs, at: Stretch, entering: SlotState | None, table: Table, num_slots: int, d_o: Tensor, grads: Gradients
+) -> tuple[Tensor, Tensor]:
+    """Fills the stretch's gradients of q and the read weights; what each read puts on the adjoint of the state that it
+    saw: two factors [S, L*K', 2], of q and of d_o, and the normaliser's [S, L*K']."""
+    batch, length, heads, _, _, reads, dim = x.sizes
+    block, width = triton.next_power_of_2(dim), triton.next_power_of_2(reads)
+    shares = torch.empty(batch * heads, at.length * reads, 2, dtype=torch.float32, device=x.q.device)
+    d_z_read = torch.empty(batch * heads, at.length * reads, dtype=torch.float32, device=x.q.device)
+    read_backward[(at.length * heads, batch)](
+        x.q, x.read_w, at.plan.read_source, table.contents, table.z, *_parts(entering)[:3], d_o,
+        grads.q, grads.read_w, shares, d_z_read,
+        at.start, length, at.length, table.z.shape[1], _rows(entering), 1.0 / num_slots, dim**-0.5,
+        H=heads, K=reads, BK=width, D=dim, BD=block, ENTERING=entering is not None,
+        num_warps=_token_warps(width * block),
+    )  # fmt: skip
+    return shares, d_z_read
+
+
+def backward_of_tokens(
+    x: Inputs,
+    at: Stretch,
+    entering: SlotState | None,
+    table: Table,
+    num_slots: int,
+    left: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    grads: Gradients,
+) -> None:
+    """Fills the stretch's remaining `grads`. left: by the chains, adjoint, adjoint_z, pulls and adjoint_surprise."""
+    batch, length, heads, steps, writes, _, dim = x.sizes
+    streams = batch * heads
+    head_shares = torch.empty(3, streams, at.length, dtype=torch.float32, device=x.q.device)
     token_backward[(at.length * heads, batch)](
         x.k, x.u_k, x.u_v, x.beta, x.write_w, table.log_keep, x.gamma, x.a_s, x.eta,
-        plan.write_source, table.contents, table.z, table.alongs, table.surprise, table.errors, *memory,
-        adjoint, adjoint_z, pulls, adjoint_surprise, x.c_k, x.c_v, x.lam_k, x.lam_v,
+        at.plan.write_source, table.contents, table.z, table.alongs, table.surprise, table.errors, *_parts(entering),
+        *left, x.c_k, x.c_v, x.lam_k, x.lam_v,
         grads.k, grads.u_k, grads.u_v, grads.beta, grads.write_w, *head_shares.unbind(0),
         grads.c_k, grads.c_v, grads.lam_k, grads.lam_v,
-        at.start, length, at.length, _rows(entering), empty_z,
-        H=heads, NS=steps, K=writes, D=dim, BD=block,
+        at.start, length, at.length, _rows(entering), 1.0 / num_slots,
+        H=heads, NS=steps, K=writes, D=dim, BD=triton.next_power_of_2(dim),
         ENTERING=entering is not None, SURPRISE=x.a_s is not None, INJECT=x.c_k is not None, num_warps=1,
     )  # fmt: skip
     for name, share in zip(("gamma", "a_s", "eta"), head_shares.unbind(0), strict=True):
