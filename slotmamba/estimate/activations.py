@@ -78,8 +78,7 @@ def _recomputed_layer(recipe: Recipe, row: RowShape, layer: int, matrix: int) ->
     """What a decoder layer makes again of its longest chunk and adds in its backward pass, by token of the row."""
     config, width = recipe.model, recipe.model.d_model
     chunks = chunked(config, row.tokens, recipe.train.sequence_chunks)
-    longest = max(chunks, key=lambda chunk: chunk[-1].stop - chunk[0].start)
-    share = (longest[-1].stop - longest[0].start) / row.tokens
+    share = max(chunk.stop - chunk.start for chunk in chunks) / row.tokens
     mlp, rest = _mlp(config, matrix), _bdlru(config, matrix) + _slot_memory(config, row, matrix)
     workspace = _workspace(config, row, share)
     if layer == config.attention_layer:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slotmamba.models.initial import starts
+from slotmamba.models.layers import Float32Linear
 from slotmamba_kernels.bdlru import bdlru
 
 SHORTEST_MEMORY = 2.0
@@ -38,7 +39,7 @@ class BDLRU(nn.Module):
             raise ValueError(f"BDLRU: d_model={d_model} is not divisible by block_size={block_size}")
         self.d_model, self.block_size = d_model, block_size
         self.v_proj = nn.Linear(d_model, d_model, bias=False)
-        self.gate_proj = nn.Linear(d_model, d_model * (block_size + 1))
+        self.gate_proj = Float32Linear(d_model, d_model * (block_size + 1))
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
         starts(
             self.gate_proj.bias,
@@ -75,10 +76,8 @@ class BDLRU(nn.Module):
     def _gates(self, x: Tensor) -> Tensor:
         """x [B, T, C] -> [B, T, C/m, m, m+1] in the precision of the parameters, under autocast too: a slow block's
         1 - 1/tau is next to 1, where bfloat16 has steps of 1/256."""
-        with torch.autocast(x.device.type, enabled=False):
-            logits = self.gate_proj(x.to(self.gate_proj.weight.dtype))
         m = self.block_size
-        return logits.unflatten(-1, (-1, m, m + 1)).softmax(-1)
+        return self.gate_proj(x).unflatten(-1, (-1, m, m + 1)).softmax(-1)
 
 
 def _starting_gates(blocks: int, m: int) -> Tensor:

@@ -14,8 +14,8 @@ from slotmamba.models.bdlru import BDLRU
 from slotmamba.models.injection import EncoderMemory, EncoderOutput
 from slotmamba.models.layers import SwiGLU
 from slotmamba.models.recompute import chunked, run_layer
-from slotmamba.models.slot_memory import SlotLayerState, SlotMemory, shift
-from slotmamba_kernels import SlotState
+from slotmamba.models.slot_memory import SlotLayerState, SlotMemory
+from slotmamba_kernels import SegmentEnds, SlotState
 
 
 @dataclass
@@ -54,7 +54,7 @@ class ChunkOutput:
 
     x: Tensor
     state: ChunkState | None
-    ends: list[SlotState]
+    ends: SegmentEnds
     use: Tensor
 
 
@@ -75,72 +75,81 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         *,
-        chunks: list[list[slice]],
-        below: list[SlotState] | None,
+        chunks: list[slice],
+        below: list[SegmentEnds] | None,
         doc_start: Tensor | None,
         valid: Tensor | None,
         encoder: EncoderOutput | None,
         checkpointing: Checkpointing,
-    ) -> tuple[Tensor, list[SlotState], Tensor]:
-        """x [B, T, C] -> x [B, T, C], the slot memory at the end of each segment but the last, the balance term.
+    ) -> tuple[Tensor, list[SegmentEnds], Tensor]:
+        """x [B, T, C] -> x [B, T, C], the slot memories at the ends of the segments of each chunk, the balance term.
 
-        chunks: of the row, each the list of its segments; checkpointing: what is kept of each for the backward pass.
+        chunks: of the row; below: what the layer below returns of them; checkpointing: what is kept of each chunk for
+        the backward pass.
         """
         memory = self._encoder_memory(encoder)
-        entering: list[SlotState | None] = [None, *below] if below is not None else [None] * sum(map(len, chunks))
         # One split, not a slice for each chunk: its backward pass puts the gradients of all chunks together once.
-        pieces = x.split([chunk[-1].stop - chunk[0].start for chunk in chunks], 1)
+        pieces = x.split([chunk.stop - chunk.start for chunk in chunks], 1)
         state: ChunkState | None = None
         outputs: list[ChunkOutput] = []
-        first = 0
-        for chunk, piece in zip(chunks, pieces, strict=True):
+        for number, (chunk, piece) in enumerate(zip(chunks, pieces, strict=True)):
+            ends = (None, None) if below is None else (below[number - 1][-1] if number else None, below[number])
             output = run_layer(
-                checkpointing, self._chunk, piece, state, chunk, entering[first : first + len(chunk)], doc_start, valid,
-                memory, chunk is chunks[-1],
-            )  # fmt: skip
+                checkpointing,
+                self._chunk,
+                piece,
+                state,
+                chunk,
+                *ends,
+                doc_start,
+                valid,
+                memory,
+                number + 1 == len(chunks),
+            )
             outputs.append(output)
             state = output.state
-            first += len(chunk)
         xs = [output.x for output in outputs]
         use = outputs[0].use
         for output in outputs[1:]:
             use = use + output.use
         balance = self.slots.balance(use, x.shape[1] if valid is None else valid.sum(1))
-        return xs[0] if len(xs) == 1 else torch.cat(xs, 1), [end for output in outputs for end in output.ends], balance
+        return xs[0] if len(xs) == 1 else torch.cat(xs, 1), [output.ends for output in outputs], balance
 
     def _chunk(
         self,
         x: Tensor,
         state: ChunkState | None,
-        segments: list[slice],
-        below: list[SlotState | None],
+        span: slice,
+        below_before: SlotState | None,
+        below: SegmentEnds | None,
         doc_start: Tensor | None,
         valid: Tensor | None,
         encoder: EncoderMemory | None,
         last: bool,
     ) -> ChunkOutput:
-        """The next chunk, x [B, T, C]; the other arguments are those of the row. state: None at its start."""
-        start, stop = segments[0].start, segments[-1].stop
-        span = slice(start, stop)
+        """The next chunk, x [B, T, C], of whole segments; doc_start, valid and encoder are those of the row.
+
+        state: after the chunk before, None at a row's start; below_before, below: memories of the layer below at the
+        end of that chunk, and at the ends of this one's segments.
+        """
         attended = [] if state is None else state.attention
         if self.attention is not None and self.attention_norm is not None:
             y, own = self.attention.extend(
                 self.attention_norm(x), attended, None if doc_start is None else doc_start[:, span],
-                None if valid is None else valid[:, :stop],
+                None if valid is None else valid[:, : span.stop],
             )  # fmt: skip
             if not last:
                 # A copy: the values are part of a larger tensor, which would be kept with them.
                 attended = [*attended, KVCache(own.keys, own.values.clone())]
             x = x + y
-        doc_start = shift(doc_start, span)
+        doc_start = None if doc_start is None else doc_start[:, span] - span.start
         valid = None if valid is None else valid[:, span]
         y, lru = self.lru(self.lru_norm(x), None if state is None else state.lru, doc_start, valid)
         x = x + y
         y, ends, window, use = self.slots(
             self.slots_norm(x),
-            segments=[slice(segment.start - start, segment.stop - start) for segment in segments],
+            memory=None if state is None else self.slots.hand_over(state.memory, below_before),
             below=below,
-            memory=None if state is None else state.memory,
             window=None if state is None else state.window,
             doc_start=doc_start,
             valid=valid,
@@ -206,7 +215,7 @@ class Decoder(nn.Module):
         # Without a backward pass chunks would save nothing.
         chunks = chunked(self.config, x.shape[1], self.sequence_chunks if torch.is_grad_enabled() else 1)
         checkpointing = "block" if self.checkpointing == "none" and len(chunks) > 1 else self.checkpointing
-        below: list[SlotState] | None = None
+        below: list[SegmentEnds] | None = None
         balances = []
         for layer in self._decoder_layers():
             x, below, balance = layer(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,3 +46,49 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer whose result is in the precision of its parameters, under autocast too.
+
+    Under autocast on a GPU its products are made in TF32: of the inputs 10 bits of mantissa count instead of bfloat16's
+    7, and nothing is rounded after them. Without autocast they are made as torch is set up.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] of any float dtype -> [..., out] in the weight's."""
+        device = x.device.type
+        under_autocast = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False):
+            x = x.to(self.weight.dtype)
+            if device == "cuda" and under_autocast:
+                y: Tensor = _TF32Linear.apply(x, self.weight, self.bias)
+                return y
+            return super().forward(x)
+
+
+class _TF32Linear(torch.autograd.Function):
+    """x [..., in] times weight [out, in], plus bias [out], float32; the products of the backward pass in TF32 too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        with _tf32():
+            return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        with _tf32():
+            return grad @ weight, rows.mT @ x.flatten(0, -2), rows.sum(0)
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

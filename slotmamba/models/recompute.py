@@ -116,11 +116,10 @@ def _storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def chunked(config: ModelConfig, length: int, count: int) -> list[list[slice]]:
-    """Cuts a sequence into `count` chunks, about equally long, and each chunk into its segments of the slot memory.
+def chunked(config: ModelConfig, length: int, count: int) -> list[slice]:
+    """Cuts a sequence into `count` chunks, about equally long.
 
-    Where there are segments, chunks are whole ones, of which a sequence's last may be shorter; elsewhere a chunk counts
-    as one.
+    Where the slot memory has segments, chunks are whole ones, of which a sequence's last may be shorter.
 
     Raises ValueError for more chunks than there are segments (tokens).
     """
@@ -129,8 +128,4 @@ def chunked(config: ModelConfig, length: int, count: int) -> list[list[slice]]:
         raise ValueError(f"sequence_chunks={count}, but a sequence of {length} tokens has at most {most}")
     size = config.slots.segment_len if config.segmented else 1
     bounds = [*(most * number // count * size for number in range(count)), length]
-    chunks = []
-    for start, stop in pairwise(bounds):
-        starts = range(start, stop, size) if config.segmented else [start]
-        chunks.append([slice(*span) for span in pairwise([*starts, stop])])
-    return chunks
+    return [slice(*span) for span in pairwise(bounds)]

@@ -14,7 +14,8 @@ from slotmamba.models.initial import constant, starts, starts_like
 from slotmamba.models.injection import EncoderMemory, SlotInjection
 from slotmamba.models.short_conv import ShortConv
 from slotmamba.models.threading import SurpriseGate
-from slotmamba_kernels import SlotState, hksa, hksa_step_, kronecker_topk
+from slotmamba_kernels import SegmentEnds, SlotState, hksa, hksa_step_, hksa_threaded, kronecker_topk
+from slotmamba_kernels.hksa.arguments import Inject
 
 
 @dataclass
@@ -30,9 +31,6 @@ class SlotInputs:
     write_w: Tensor
     read_idx: Tensor
     read_w: Tensor
-
-    def tokens(self, span: slice) -> SlotInputs:
-        return SlotInputs(*(tensor[:, span] for tensor in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ class SlotMemory(nn.Module):
         super().__init__()
         slots = config.slots
         self.config = slots
+        self.segment_len = slots.segment_len if config.segmented else None
         self.heads, self.dim = config.n_heads, config.head_dim
         width, steps = config.d_model, slots.householder_steps
         factors = self.heads * slots.factors * slots.factor_size
@@ -91,51 +90,56 @@ class SlotMemory(nn.Module):
         self,
         x: Tensor,
         *,
-        segments: list[slice],
-        below: list[SlotState | None],
         memory: SlotState | None = None,
+        below: SegmentEnds | None = None,
         window: Tensor | None = None,
         doc_start: Tensor | None = None,
         valid: Tensor | None = None,
         encoder: EncoderMemory | None = None,
         return_state: bool = False,
-    ) -> tuple[Tensor, list[SlotState], Tensor | None, Tensor]:
-        """Runs the memory over the tokens, segment by segment.
+    ) -> tuple[Tensor, SegmentEnds, Tensor | None, Tensor]:
+        """Runs the memory over the tokens of x, whole segments but for the last of a row.
 
         Args:
             x: [B, T, C].
-            segments: consecutive stretches of the tokens; state is handed from layer to layer between two of them.
-            below: memory of the layer below as each segment begins; None for the lowest layer and a row's first
-                segment.
             memory, window: what the tokens before x have left, None at a row's start.
+            below: memories of the layer below at the ends of these segments; None for the lowest layer.
             doc_start: [B, T] as in `slotmamba_kernels.hksa`.
             valid: [B, T], False for padding, which writes nothing.
             encoder: output of the encoder, for layers with injection.
             return_state: whether tokens follow, so that somebody takes over the memory after the last segment.
 
         Returns:
-            y [B, T, C]; the memory at the end of each segment, of the last one with return_state only; the window after
-            x; what `balance` needs of x: [2, B, H, U, p], the distributions of the factors of write and read addresses,
-            summed over the tokens.
+            y [B, T, C]; the memories at the ends of the segments, of the last one surely with return_state only; the
+            window after x; what `balance` needs of x: [2, B, H, U, p], the distributions of the factors of write and
+            read addresses, summed over the tokens.
         """
         write_logits, window_after = _float32(self.write_address, x), None
         if self.write_conv is not None:
             window_after = self.write_conv.window_after(write_logits, window)
             write_logits = self.write_conv(write_logits, doc_start, window)
         inputs, use = self._inputs(x, write_logits, valid)
-        outputs: list[Tensor] = []
-        ends: list[SlotState] = []
-        for number, span in enumerate(segments):
-            if memory is not None:
-                memory = self.hand_over(memory, below[number])
-            o, memory = self._segment(
-                inputs.tokens(span), x[:, span], memory, memory, shift(doc_start, span), encoder,
-                return_state=return_state or number + 1 < len(segments),
-            )  # fmt: skip
-            outputs.append(o)
-            if memory is not None:
-                ends.append(memory)
-        return self._output(torch.cat(outputs, 1), x), ends, window_after, use
+
+        def inject(span: slice, entering: SlotState | None) -> Inject:
+            assert self.injection is not None and encoder is not None
+            here = None if doc_start is None else doc_start[:, span] - span.start
+            return self.injection(x[:, span], inputs.write_idx[:, span], entering, here, encoder)
+
+        gate = self.surprise_gate
+        o, ends = hksa_threaded(
+            **vars(inputs),
+            gamma=F.softplus(self.decay_power),
+            num_slots=self.config.num_slots,
+            segment_len=self.segment_len or x.shape[1],
+            gate=None if gate is None else (gate.bias, gate.slope),
+            below=below,
+            state=memory,
+            doc_start=doc_start,
+            surprise=self._surprise(),
+            inject=None if self.injection is None else inject,
+            return_state=return_state,
+        )
+        return self._output(o, x), ends, window_after, use
 
     def step(
         self, x: Tensor, state: SlotLayerState, encoder: EncoderMemory | None, *, consume: bool = False
@@ -155,7 +159,18 @@ class SlotMemory(nn.Module):
             o = self._step_in_place(x, write_logits, memory)
         else:
             inputs, _ = self._inputs(x, write_logits, None)
-            o, after = self._segment(inputs, x, state.memory, state.segment_start, None, encoder, return_state=True)
+            inject = None
+            if self.injection is not None:
+                assert encoder is not None
+                inject = self.injection(x, inputs.write_idx, state.segment_start, None, encoder)
+            o, after = hksa(
+                **vars(inputs),
+                gamma=F.softplus(self.decay_power),
+                num_slots=self.config.num_slots,
+                state=state.memory,
+                surprise=self._surprise(),
+                inject=inject,
+            )
             assert after is not None
             memory = after
         return self._output(o, x).squeeze(1), SlotLayerState(memory, state.segment_start, window)
@@ -173,32 +188,6 @@ class SlotMemory(nn.Module):
 
     def _head_parameter(self, start: float) -> nn.Parameter:
         return starts(nn.Parameter(torch.empty(self.heads)), constant(start))
-
-    def _segment(
-        self,
-        inputs: SlotInputs,
-        x: Tensor,
-        state: SlotState | None,
-        segment_start: SlotState | None,
-        doc_start: Tensor | None,
-        encoder: EncoderMemory | None,
-        *,
-        return_state: bool,
-    ) -> tuple[Tensor, SlotState | None]:
-        inject = None
-        if self.injection is not None:
-            assert encoder is not None
-            inject = self.injection(x, inputs.write_idx, segment_start, doc_start, encoder)
-        return hksa(
-            **vars(inputs),
-            gamma=F.softplus(self.decay_power),
-            num_slots=self.config.num_slots,
-            state=state,
-            doc_start=doc_start,
-            surprise=self._surprise(),
-            inject=inject,
-            return_state=return_state,
-        )
 
     def _step_in_place(self, x: Tensor, write_logits: Tensor, memory: SlotState) -> Tensor:
         """One token, x [B, 1, C] and its logits [B, 1, H*U*p], written into the memory -> o [B, 1, H, d]."""
@@ -288,8 +277,3 @@ def _use(logits: Tensor, valid: Tensor | None) -> Tensor:
         # Not a matrix product, which autocast would round to bfloat16.
         probabilities = probabilities * valid.view(*valid.shape, 1, 1, 1)
     return probabilities.sum(1)
-
-
-def shift(doc_start: Tensor | None, span: slice) -> Tensor | None:
-    """Document starts of a stretch of tokens, counted from its first."""
-    return None if doc_start is None else doc_start[:, span] - span.start

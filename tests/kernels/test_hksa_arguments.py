@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.kernels.hksa_cases import Case, random_case
+from tests.kernels.hksa_cases import DEVICE, Case, random_case
 from tests.kernels.test_hksa import DTYPES, everywhere
 from tests.seeds import seed_afresh
 
@@ -15,6 +15,8 @@ from tests.seeds import seed_afresh
 @pytest.mark.parametrize("name", ["write_idx", "read_idx"])
 @everywhere
 def test_slots_that_do_not_exist_are_refused(name: str, backend: str) -> None:
+    if backend == "triton" and DEVICE == "cuda":
+        pytest.skip("looking for them would wait for the GPU")
     seed_afresh()
     for slot in (-1, 9):
         case = random_case(num_slots=9, dtype=DTYPES[backend])

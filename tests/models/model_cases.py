@@ -96,7 +96,8 @@ class HKSACalls:
         self.inputs: list[dict[str, Any]] = []
         self.outputs: list[Tensor] = []
         self.leaving: list[SlotState | None] = []
-        monkeypatch.setattr("slotmamba.models.slot_memory.hksa", self)
+        for module in ("slotmamba.models.slot_memory", "slotmamba_kernels.threading.segments"):
+            monkeypatch.setattr(f"{module}.hksa", self)
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, SlotState | None]:
         o, leaving = hksa(**inputs)

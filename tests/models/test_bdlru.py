@@ -111,3 +111,21 @@ def test_every_parameter_gets_a_gradient_and_gates_are_not_decayed() -> None:
 def test_width_must_be_whole_blocks() -> None:
     with pytest.raises(ValueError, match="d_model=10 is not divisible by block_size=4"):
         BDLRU(10, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: TF32")
+def test_gates_under_autocast_are_better_than_bfloat16() -> None:
+    """Logits and all gradients against float64: TF32 rounds inputs by 2^-11 at most, bfloat16 by 2^-9."""
+    layer = _layer(64, 4, torch.float32).cuda().gate_proj
+    x = torch.randn(4, 33, 64, device="cuda", requires_grad=True)
+    weights = torch.randn(4, 33, 320, device="cuda")
+    leaves = (x, layer.weight, layer.bias)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = layer(x)
+    got = (y, *torch.autograd.grad((y * weights).sum(), leaves))
+    exact = torch.nn.functional.linear(*(each.double() for each in leaves))
+    want = (exact, *torch.autograd.grad((exact * weights).sum(), leaves))
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.dtype == torch.float32
+        assert float((ours - theirs).norm()) <= 2**-11 * float(theirs.norm())
+    assert torch.get_float32_matmul_precision() == "highest"

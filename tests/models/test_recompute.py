@@ -178,18 +178,18 @@ def test_without_gradients_nothing_changes(encoder: bool, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("length", "count"), [(42, 1), (42, 2), (42, 8), (42, 9), (5, 1), (3, 1), (45, 4)])
 def test_chunks_are_whole_segments_and_about_equal(length: int, count: int) -> None:
     chunks = chunked(config(), length, count)
-    segments = [segment for chunk in chunks for segment in chunk]
     assert len(chunks) == count
-    assert [segment.start for segment in segments] == list(range(0, length, SEGMENT))
-    assert [segment.stop for segment in segments] == [*range(SEGMENT, length, SEGMENT), length]
-    sizes = [len(chunk) for chunk in chunks]
+    assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
+    assert chunks[-1].stop == length
+    assert all(chunk.start % SEGMENT == 0 for chunk in chunks)
+    sizes = [-(-(chunk.stop - chunk.start) // SEGMENT) for chunk in chunks]
     assert max(sizes) - min(sizes) <= 1
 
 
 def test_chunks_without_segments_are_tokens() -> None:
     alone: ModelConfig = config(decoder_layers=1)
-    assert chunked(alone, 7, 3) == [[slice(0, 2)], [slice(2, 4)], [slice(4, 7)]]
-    assert chunked(alone, 7, 1) == [[slice(0, 7)]]
+    assert chunked(alone, 7, 3) == [slice(0, 2), slice(2, 4), slice(4, 7)]
+    assert chunked(alone, 7, 1) == [slice(0, 7)]
 
 
 def test_too_many_chunks() -> None:

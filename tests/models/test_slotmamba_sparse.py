@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slotmamba.models import SlotMambaForCausalLM, SlotMambaForSeq2Seq
-from slotmamba_kernels import SlotState, hksa, thread_slots
+from slotmamba_kernels import SlotState, hksa, hksa_threaded
 from slotmamba_kernels.hksa.state import SparseSlotState
 from tests.models.model_cases import HKSACalls, decoder_only, document_starts, seq2seq, tokens
 
@@ -36,9 +36,11 @@ def test_a_step_of_training_is_the_same(monkeypatch: pytest.MonkeyPatch, encoder
     """Sparse memories on the Triton backend, handed over between layers and looked up by injection, against dense ones
     on the torch backend. The seed is fixed: two slots may weigh the same to within rounding."""
     from slotmamba_kernels.hksa import triton_op
+    from slotmamba_kernels.threading import segments
 
     torch.manual_seed(0)
     monkeypatch.setattr(triton_op, "DENSE_SLOTS", 32)
+    monkeypatch.setattr(segments, "MOST_BUCKETS", 32)
     batch: dict[str, Any] = {"input_ids": tokens(2, LENGTH), "labels": tokens(2, LENGTH)}
     batch["doc_start"] = document_starts([[0, 4], [0]], LENGTH)
     model: SlotMambaForCausalLM | SlotMambaForSeq2Seq
@@ -51,8 +53,7 @@ def test_a_step_of_training_is_the_same(monkeypatch: pytest.MonkeyPatch, encoder
 
     def run(backend: str) -> tuple[list[SlotState | None], Tensor, dict[str, Tensor]]:
         calls = HKSACalls(monkeypatch)
-        monkeypatch.setattr("slotmamba.models.slot_memory.hksa", partial(calls, backend=backend))
-        monkeypatch.setattr("slotmamba.models.threading.thread_slots", partial(thread_slots, backend=backend))
+        monkeypatch.setattr("slotmamba.models.slot_memory.hksa_threaded", partial(hksa_threaded, backend=backend))
         loss, weights = trained(model, batch)
         return [inputs["state"] for inputs in calls.inputs], loss, weights
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slotmamba.models.threading import SurpriseGate
-from slotmamba_kernels import SlotState
+from slotmamba_kernels import SlotState, hksa_threaded
 from tests.models.model_cases import SEGMENT, HKSACalls, decoder_only, document_starts, tokens
 from tests.seeds import seed_afresh
 
@@ -120,3 +121,30 @@ def test_only_upper_layers_have_a_gate() -> None:
     assert gates[0] is None and all(isinstance(gate, SurpriseGate) for gate in gates[1:])
     (single,) = decoder_only(decoder_layers=1).decoder.layers
     assert single.slots.surprise_gate is None and single.slots.surprise_mix is None
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_segments_at_once_train_as_one_by_one(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
+    """The Triton backend's kernels for all segments, with documents and a shorter last segment, against the torch
+    backend: losses and the gradients of all weights. The seed is fixed: two slots may weigh the same to within
+    rounding."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = decoder_only().to(device)
+    model.decoder.sequence_chunks = chunks
+    batch = {"input_ids": tokens(2, 5 * SEGMENT - 2), "labels": tokens(2, 5 * SEGMENT - 2)}
+    batch["doc_start"] = document_starts([[0, SEGMENT + 1, 4 * SEGMENT], [0]], 5 * SEGMENT - 2)
+    results = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr("slotmamba.models.slot_memory.hksa_threaded", partial(hksa_threaded, backend=backend))
+        model.zero_grad()
+        losses = model.losses(**{name: x.to(device) for name, x in batch.items()})
+        (losses.nll.mean() + losses.balance).backward()
+        gradients = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+        results.append((losses.nll.detach(), gradients))
+    (want, expected), (got, gradients) = results
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, x in gradients.items():
+        difference = float((x - expected[name]).norm())
+        assert difference <= 1e-4 * max(float(expected[name].norm()), 1e-3), f"{name}: off by {difference:.1e}"

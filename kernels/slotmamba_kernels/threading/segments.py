@@ -127,7 +127,7 @@ def hksa_threaded(
     fused = _tokens(named, slice(0, whole * segment_len))
     o, ends = threaded_triton(
         fused, num_slots=num_slots, segment_len=segment_len, surprise=surprise, gate=gate,
-        below=None if gate is None or below is None else below[:whole].stacked(),
+        below=None if gate is None or below is None else _exactly(below, whole).stacked(),
         state=state, doc_start=None if doc_start is None else doc_start[:, : whole * segment_len],
     )  # fmt: skip
     if whole == segments:
@@ -137,6 +137,11 @@ def hksa_threaded(
         named, whole, segment_len, gate, below, done[-1], doc_start, None, return_state=return_state, **options
     )
     return torch.cat([o, rest], 1), SegmentEnds([*done, *last])
+
+
+def _exactly(ends: SegmentEnds, count: int) -> SegmentEnds:
+    """The first `count`; in place of a last one that is missing, which nobody looks at, stands the one before."""
+    return ends[:count] if len(ends) >= count else SegmentEnds([*ends, ends[-1]])
 
 
 def _one_by_one(
