@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from slotmamba.config.schema import Recipe
 from slotmamba.estimate.flops import Flops, forward_flops
 from slotmamba.estimate.memory import Memory, memory
-from slotmamba.estimate.parameters import count_parameters, weight_units
+from slotmamba.estimate.parameters import count_parameters
 from slotmamba.estimate.row import RowShape, row_shape
 from slotmamba.estimate.sharding import shares
+from slotmamba.models.units import weight_units
 
 __all__ = ["Estimate", "estimate", "report"]
 
