@@ -11,6 +11,9 @@ from torch import Tensor
 
 from slotmamba_kernels.hksa.slot_lists import rows_of
 
+DENSE_SLOTS = 4096
+"""On the Triton backend heads with more slots leave a sparse memory, unless they were given a dense one."""
+
 
 @dataclass(frozen=True)
 class SlotState:
