@@ -11,8 +11,8 @@ from slotmamba.cli import main
 from slotmamba.config import Recipe, load_recipe
 from slotmamba.dry_run import _part
 from slotmamba.estimate import estimate
-from slotmamba.estimate.parameters import weight_units
 from slotmamba.estimate.sharding import FLOAT, shares
+from slotmamba.models.units import weight_units
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -77,6 +77,17 @@ def test_shares_of_zero_against_the_estimate(stage: int) -> None:
     assert FLOAT * part.parameters == pytest.approx(memory.parameters, rel=1e-3)
     assert FLOAT * part.gradients == pytest.approx(memory.gradients, rel=1e-3)
     assert FLOAT * part.optimizer == pytest.approx(memory.optimizer, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zeros_buckets_hold_a_layer(stage: int) -> None:
+    """Two of them; stage 3 gathers the whole of this model beside them."""
+    recipe = recipe_of(*ZERO, f"parallel.zero_stage={stage}", "model.vocab_size=1000")
+    units = weight_units(recipe.model)
+    layer = max(sum(torch.Size(shape).numel() for shape in shapes) for shapes in units.values())
+    live = estimate(recipe).total_parameters if stage == 3 else 0
+    assert units[""][0] == (1000, 512) and layer > 1000 * 512
+    assert estimate(recipe).memory.gathered == FLOAT * (2 * layer + live)
 
 
 def test_what_is_sent() -> None:

@@ -29,6 +29,7 @@ from slotmamba.models.decoder import DecoderLayer
 from slotmamba.models.encoder import EncoderLayer
 from slotmamba.models.initial import InitialWeights, deferred
 from slotmamba.models.slotmamba import TokenLosses
+from slotmamba.models.units import weight_units
 from slotmamba.optim import build_optimizer, decayed_parameters
 from slotmamba.world import World, ensure_process_group
 
@@ -38,8 +39,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def zero_config(recipe: Recipe) -> dict[str, Any]:
     """DeepSpeed's configuration for a recipe."""
     parallel, train = recipe.parallel, recipe.train
-    zero: dict[str, Any] = {"stage": parallel.zero_stage, "contiguous_gradients": True, "overlap_comm": True}
+    # A layer at a time, as under FSDP: DeepSpeed's default of 500 million gradients in each of two buckets would
+    # take 4 GB, however small the model. A bucket is at least as large as any parameter.
+    unit = max(sum(map(math.prod, shapes)) for shapes in weight_units(recipe.model).values())
+    zero: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+        "reduce_bucket_size": unit,
+    }
     if parallel.zero_stage == 3:
+        zero["stage3_prefetch_bucket_size"] = unit
         # Parameters up to this size stay whole in every process. DeepSpeed's default, but less than the matrices of a
         # tiny model.
         zero["stage3_param_persistence_threshold"] = min(100_000, recipe.model.d_model**2 // 2)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slotmamba.config.schema import Recipe
+from slotmamba.estimate.activations import layer_bytes
 from slotmamba.estimate.flops import Flops, forward_flops
 from slotmamba.estimate.memory import Memory, memory
-from slotmamba.estimate.parameters import count_parameters, weight_units
+from slotmamba.estimate.parameters import count_parameters
 from slotmamba.estimate.row import RowShape, row_shape
 from slotmamba.estimate.sharding import shares
+from slotmamba.models.units import weight_units
 
 __all__ = ["Estimate", "estimate", "report"]
 
@@ -21,14 +23,16 @@ class Estimate:
     """What `estimate` finds.
 
     row: shape of a training row; parameters: by part; forward: operations per decoder token by part, where the slot
-    memory is in parts again; memory: bytes of one process; communication: bytes that it sends in a step, by
-    collective; engine, processes: of the recipe's section parallel; tokens_per_step, steps: of the run.
+    memory is in parts again; memory: bytes of one process; gpu: whether that is on a GPU that runs the Triton kernels;
+    communication: bytes that it sends in a step, by collective; engine, processes: of the recipe's section parallel;
+    tokens_per_step, steps: of the run.
     """
 
     row: RowShape
     parameters: dict[str, int]
     forward: dict[str, Flops]
     memory: Memory
+    gpu: bool
     communication: dict[str, float]
     engine: str
     processes: int
@@ -64,6 +68,7 @@ def estimate(recipe: Recipe) -> Estimate:
         parameters=parameters,
         forward=forward_flops(recipe.model, row),
         memory=memory(recipe, sum(parameters.values()), share),
+        gpu=layer_bytes(recipe).gpu,
         communication=share.communication,
         engine=recipe.parallel.engine,
         processes=recipe.parallel.size,

@@ -2,7 +2,8 @@
 
     python -m slotmamba.estimate.measure RECIPE [KEY=VALUE ...]
 
-prints a table of what each way of saving memory costs a recipe, in memory and time, beside the estimate.
+prints a table of what each way of saving memory costs a recipe, in memory and time, beside the estimate for the device
+that it runs on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,7 +122,11 @@ def _variants(recipe: Recipe) -> Iterator[Recipe]:
         chunks *= 2
     for mode, count in settings:
         keys = {"activation_checkpointing": mode, "sequence_chunks": count}
-        yield recipe.model_copy(update={"train": recipe.train.model_copy(update=keys)})
+        yield _with(recipe, **keys)
+
+
+def _with(recipe: Recipe, **train: Any) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
 
 
 def main(arguments: list[str]) -> int:
@@ -133,6 +139,7 @@ def main(arguments: list[str]) -> int:
     try:
         recipe = load_recipe(arguments[0], arguments[1:])
         device = choose_device(recipe.train.device, "train.device")
+        recipe = _with(recipe, device=device.type)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slotmamba.config.schema import ModelConfig, Recipe
-from slotmamba.estimate.activations import FLOAT, WORKSPACE, activations, recomputes, slot_state
-from slotmamba.estimate.row import RowShape, row_shape
+from slotmamba.estimate.activations import WORKSPACE, activations, layer_bytes, recomputes
+from slotmamba.estimate.layers import FLOAT, slot_memory
+from slotmamba.estimate.row import RowShape
 from slotmamba.estimate.sharding import Shares
 
 
@@ -42,10 +43,9 @@ class Memory:
 
 def memory(recipe: Recipe, parameters: int, shares: Shares) -> Memory:
     """The memory that a recipe with so many parameters, of which each process has its share, needs in one process."""
-    config, row, rows = recipe.model, row_shape(recipe), recipe.train.micro_batch
-    matrix = 2 if recipe.train.precision == "bf16" else FLOAT
-    parts = activations(recipe, row, matrix)
-    casts = 0 if matrix == FLOAT else matrix * parameters
+    config, layers = recipe.model, layer_bytes(recipe)
+    parts = activations(recipe)
+    casts = 0 if layers.matrix == FLOAT else layers.matrix * parameters
     if recomputes(recipe):
         # Not kept for the backward pass, so gone before it makes a layer again.
         parts[WORKSPACE], casts = max(parts[WORKSPACE], casts), 0
@@ -57,23 +57,21 @@ def memory(recipe: Recipe, parameters: int, shares: Shares) -> Memory:
         host=shares.host,
         autocast=casts,
         activations=parts,
-        boundary_states=rows * _boundaries(recipe, row) * slot_state(config),
-        decoding_state=_decoding_state(config, row),
+        boundary_states=recipe.train.micro_batch * _boundary_states(recipe),
+        decoding_state=_decoding_state(config, layers.row),
         decoding_per_token=2 * FLOAT * config.d_model if config.attention_layer is not None else 0,
     )
 
 
-def _boundaries(recipe: Recipe, row: RowShape) -> int:
-    """Slot memories, of all layers, that the backward pass still needs: those at the ends of segments for the layer
-    above and for the next segment, and those at the ends of chunks."""
-    config, chunks = recipe.model, recipe.train.sequence_chunks
+def _boundary_states(recipe: Recipe) -> int:
+    """Slot memories of a sequence, of all layers, that the backward pass still needs: those at the ends of segments for
+    the layer above and for the next segment, and those at the ends of chunks."""
+    config, later_chunks = recipe.model, recipe.train.sequence_chunks - 1
     if not (config.slots.thread_layers and config.decoder_layers > 1):
-        return config.decoder_layers * (chunks - 1)
-    ends = -(-row.tokens // config.slots.segment_len) - 1
-    if not recomputes(recipe):
-        return config.decoder_layers * ends
-    # The highest layer's, which no layer takes over, are made again.
-    return (config.decoder_layers - 1) * ends + chunks - 1
+        return config.decoder_layers * later_chunks * slot_memory(config)
+    # Where layers are made again the highest one's, which no layer takes over, are too.
+    count = config.decoder_layers - recomputes(recipe)
+    return sum(map(layer_bytes(recipe).segment_memories, range(count))) + later_chunks * slot_memory(config)
 
 
 def _decoding_state(config: ModelConfig, row: RowShape) -> int:
@@ -81,6 +79,6 @@ def _decoding_state(config: ModelConfig, row: RowShape) -> int:
     with injection the encoder's keys and values, and which of them count."""
     entries = config.n_heads * config.slots.factors * config.slots.factor_size
     window = FLOAT * (config.slots.address_conv - 1) * entries
-    layer = 2 * slot_state(config) + window + FLOAT * config.d_model
+    layer = 2 * slot_memory(config) + window + FLOAT * config.d_model
     injected = row.encoder_tokens * (2 * FLOAT * config.d_model + 1)
     return config.decoder_layers * layer + len(config.decoder_inject_layers) * injected

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import nn
 
@@ -39,17 +37,6 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
         part = part_of(model, name)
         counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
-
-
-def weight_units(config: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
-    """Shapes of the parameters by what FSDP gathers together: each layer under its name, all else under ""."""
-    with torch.device("meta"):
-        model = build_model(config)
-    units: dict[str, list[tuple[int, ...]]] = {"": []}
-    for name, parameter in model.named_parameters():
-        layer = re.match(r"(encoder|decoder)\.layers\.\d+(?=\.)", name)
-        units.setdefault(layer[0] if layer else "", []).append(tuple(parameter.shape))
-    return units
 
 
 def part_of(model: nn.Module, name: str) -> str:

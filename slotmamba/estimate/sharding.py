@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 from slotmamba.config.schema import Recipe
 from slotmamba.engines.deepspeed import zero_config
+from slotmamba.models.units import Shape
 
 FLOAT = 4
 MOMENTS = 2  # AdamW's
 
-ZERO_DEFAULTS = {"reduce_bucket_size": 500_000_000, "stage3_max_live_parameters": 1_000_000_000}  # DeepSpeed's
-
-Shape = tuple[int, ...]
+MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default
 
 
 @dataclass(frozen=True)
@@ -103,23 +102,23 @@ def _padded(shapes: Iterable[Shape], shards: int) -> int:
 
 
 def _zero(recipe: Recipe, units: Mapping[str, list[Shape]]) -> Shares:
-    """ZeRO keeps a copy of its share of the weights beside the moments, and buffers in which gradients are reduced,
-    once a step in stage 1, after every micro-batch in stages 2 and 3. Stage 3 keeps what it has gathered, up to a
-    number of parameters, while it is to be used again soon; where that is all of them it gathers less often than this
-    says.
+    """ZeRO keeps a copy of its share of the weights beside the moments, and two buckets of gradients to be reduced,
+    once a step in stage 1, after every micro-batch in stages 2 and 3: one is filled while the other is reduced, or in
+    stage 3 copied in the order of shards. Stage 3 keeps what it has gathered, up to a number of parameters, while it is
+    to be used again soon; where that is all of them it gathers less often than this says.
     """
     parallel, accumulation = recipe.parallel, micro_batches(recipe)
     stage, ring = parallel.zero_stage, _ring(parallel.shard)
-    settings = ZERO_DEFAULTS | zero_config(recipe)["zero_optimization"]
+    bucket = zero_config(recipe)["zero_optimization"]["reduce_bucket_size"]
     numbers = sum(_numel(shapes) for shapes in units.values())
     whole, share = FLOAT * numbers, FLOAT * math.ceil(numbers / parallel.shard)
-    live = FLOAT * min(numbers, settings["stage3_max_live_parameters"]) if stage == 3 else 0
+    live = FLOAT * min(numbers, MAX_LIVE_PARAMETERS) if stage == 3 else 0
     states = (MOMENTS + 1) * share
     return Shares(
         parameters=share if stage == 3 else whole,
         gradients=whole if stage == 1 else share,
         optimizer=0 if parallel.cpu_offload else states,
-        gathered=live + FLOAT * settings["reduce_bucket_size"] * (1 if stage == 3 else 2),
+        gathered=live + 2 * FLOAT * bucket,
         host=states if parallel.cpu_offload else 0,
         communication=_named(
             {

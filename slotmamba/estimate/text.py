@@ -61,7 +61,8 @@ def _share(part: float, whole: float) -> str:
 def _memory(found: Estimate, micro_batch: int) -> str:
     memory = found.memory
     copy = " and ZeRO's copy of the weights" if found.engine == "deepspeed" else ""
-    activations = f"activations of a micro-batch ({micro_batch} rows)"
+    operations = "Triton kernels" if found.gpu else "PyTorch operations"
+    activations = f"activations of a micro-batch ({micro_batch} rows, {operations})"
     rows = [
         ("parameters (float32)", memory.parameters),
         ("gradients (float32)", memory.gradients),

@@ -1,18 +1,15 @@
 """Ranks that train a toy model under FSDP2, save, load and fail.
 
-Run as a module it reads calls, a JSON array ``[[RANK, SIZE, PORT], OUTPUT, FUNCTION, ARGUMENT, ...]`` a line, makes
-each in a process of its own, forked from this one that has imported everything already, and answers with its number;
-``[PID]`` asks for its exit code, null while it runs.
+Run as a module it is a server of them: ["start", OUTPUT, ..., [RANK, SIZE, PORT], FUNCTION, ARGUMENT, ...]
+(tests/forking.py).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from slotmamba.checkpoint.folder import CheckpointFolder
 from slotmamba.checkpoint.manifest import step_name
 from slotmamba.checkpoint.tensors import local, read_tensors
 from tests.checkpoint.toy_run import CONFIG, ToyRun
+from tests.forking import forked, serve
 
 
 class WholeRun(ToyRun):
@@ -148,34 +146,21 @@ def damage_while_reading(run_dir: str) -> None:
     os.write(1, f"resumed {run.step}\n".encode())
 
 
-def serve(functions: dict[str, Callable[..., None]]) -> None:
-    for line in sys.stdin:
-        request: list[Any] = json.loads(line)
-        if len(request) == 1:
-            ended, status = os.waitpid(request[0], os.WNOHANG)
-            print(json.dumps(os.waitstatus_to_exitcode(status) if ended else None), flush=True)
-        else:
-            print(_start(functions, *request), flush=True)
+FUNCTIONS: dict[str, Callable[..., None]] = {
+    each.__name__: each for each in (train, copy, save_with_limit, save_and_die, damage_while_reading)
+}
 
 
-def _start(functions: dict[str, Callable[..., None]], place: list[int], output: str, name: str, *arguments: Any) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        for descriptor in (1, 2):
-            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+def start(output: str, _: str, place: list[int], name: str, *arguments: Any) -> int:
+    def run() -> int:
         rank, size, port = place
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-        functions[name](*arguments)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(code)
+        FUNCTIONS[name](*arguments)
+        return 0
+
+    return forked(output, output, run)
 
 
 if __name__ == "__main__":
     torch.optim.AdamW([torch.zeros(1)])  # torch imports much with the first optimizer only
-    serve({each.__name__: each for each in (train, copy, save_with_limit, save_and_die, damage_while_reading)})
+    serve(start)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import signal
 import socket
@@ -13,12 +11,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from slotmamba.metrics import read_metrics
-from tests.train.runs import Command
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.forking import ROOT, Command, Server
 
 # Recall alone, which needs no shards.
 RECIPE = """\
@@ -109,15 +104,7 @@ class Launcher:
         self.recipe = folder / "tiny.yaml"
         self.recipe.write_text(RECIPE)
         self._jobs: list[Job] = []
-        self._numbers = itertools.count()
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.rank_server"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        self._server = Server("tests.distributed.rank_server", folder)
 
     def start(self, run_dir: Path, *overrides: str, inject: str = "", size: int = 2, rows: Path | None = None) -> Job:
         """`size` ranks, each a command of its own; `rows`: a folder in which to note what they train on."""
@@ -126,20 +113,13 @@ class Launcher:
         for rank in range(size):
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1",
                          "MASTER_PORT": port, "INJECT": inject, **({"ROWS": rows} if rows else {})}  # fmt: skip
-            output = self._next_output()
-            pid = self._request(
-                "start",
-                self.command(run_dir, *overrides),
-                {name: str(value) for name, value in variables.items()},
-                str(output),
-                str(output.with_suffix(".err")),
-            )
-            ranks.append(Command(pid, partial(self._request, "poll", pid), output))
+            environment = {name: str(value) for name, value in variables.items()}
+            ranks.append(self._server.start(self.command(run_dir, *overrides), environment))
         return self._started(Job(ranks, run_dir))
 
     def torchrun(self, run_dir: Path, *overrides: str, inject: str = "", size: int = 2) -> Job:
         """One process: torchrun, whose exit code and output are the job's."""
-        output = self._next_output()
+        output = self._server.output()
         with output.open("w") as out, output.with_suffix(".err").open("w") as err:
             process = subprocess.Popen(
                 [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}",
@@ -157,23 +137,11 @@ class Launcher:
             self._jobs.pop().end()
 
     def close(self) -> None:
-        self._server.communicate()
+        self._server.close()
 
     def _started(self, job: Job) -> Job:
         self._jobs.append(job)
         return job
-
-    def _next_output(self) -> Path:
-        output = self.folder / f"{next(self._numbers)}.out"
-        output.touch()
-        output.with_suffix(".err").touch()
-        return output
-
-    def _request(self, *request: object) -> Any:
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
 
 
 def _ended(command: Command) -> bool:

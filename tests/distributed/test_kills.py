@@ -9,7 +9,7 @@ import re
 import secrets
 import signal
 import time
-from itertools import count
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,28 +36,42 @@ def on(size: int) -> list[str]:
     return [f"parallel.shard={size}", "train.micro_batch=1"]
 
 
-def kill_at_a_random_moment(job: Job, generator: random.Random) -> None:
-    """Kill one rank or all: during a save, when its folder gets its name, around a step, or at the start."""
-    victims = [generator.choice(job.ranks)] if generator.random() < 0.5 else job.ranks
-    before, saved = job.steps(), set(committed(job.run_dir))
-    kind = generator.choice(("save", "rename", "step", "start"))
-    folder = job.run_dir / "checkpoints"
+MOMENTS = ("save", "rename", "step", "start")
 
-    def ended() -> bool:
-        return all(rank.poll() is not None for rank in job.ranks)
 
-    def happened() -> bool:
-        if kind == "save":
-            return bool(list(folder.glob(".tmp-*")))
-        if kind == "rename":
-            return any(path.name.startswith("step-") and int(path.name[5:]) not in saved for path in folder.glob("*"))
-        return kind == "start" or job.steps() - before >= generator_steps
+def spread(kills: int, steps: int, generator: random.Random) -> list[tuple[int, str]]:
+    """For each kill the step after which it comes, over the whole run, and what is to be hit: all of them as often.
 
-    generator_steps = generator.randint(1, EVERY + 1)
-    end = time.monotonic() + 60
-    while not happened() and not ended() and time.monotonic() < end:
-        time.sleep(0.001)
-    time.sleep(generator.uniform(0, 1.5) if kind == "start" else generator.uniform(0, 0.02))
+    The last steps are left out, so that a save after every one of the steps is still to come.
+    """
+    span = (steps - 2 * EVERY) / kills
+    after = [int(span * (number + generator.random())) for number in range(kills)]
+    hit = [MOMENTS[number % len(MOMENTS)] for number in range(kills)]
+    generator.shuffle(hit)
+    return list(zip(after, hit, strict=True))
+
+
+def kill_at_a_random_moment(job: Job, after: int, hit: str, generator: random.Random) -> None:
+    """Kill one rank or all once a step is done, and one more than ever before: then, in the next save, or when its
+    folder gets its name; or when they have just started, whatever is done."""
+    # Whoever waits for one that dies before it has joined waits ten minutes, if no launcher ends it.
+    one = hit != "start" and generator.random() < 0.5
+    victims = [generator.choice(job.ranks)] if one else job.ranks
+    folder, after = job.run_dir / "checkpoints", max(after, job.steps() + 1)
+
+    def wait_until(happened: Callable[[], object]) -> None:
+        end = time.monotonic() + 120
+        while not happened() and any(rank.poll() is None for rank in job.ranks) and time.monotonic() < end:
+            time.sleep(0.001)
+
+    if hit == "start":
+        time.sleep(generator.uniform(0, 1.5))
+    else:
+        wait_until(lambda: job.steps() >= after)
+    seen = set(folder.glob("*"))
+    if hit in ("save", "rename"):
+        wait_until(lambda: set(folder.glob(".tmp-*" if hit == "save" else "step-*")) - seen)
+    time.sleep(generator.uniform(0, 0.02))
     for rank in victims:
         rank.send(signal.SIGKILL)
 
@@ -86,29 +100,31 @@ def check_kills(launcher: Launcher, folder: Path, kills: int, steps: int) -> Non
     seed = int(os.environ.get("TEST_SEED") or secrets.randbits(32))
     print(f"TEST_SEED={seed}")
     generator = random.Random(seed)
+    moments = spread(kills, steps, generator)
     settings = [*on(2), *SETTINGS, f"train.steps={steps}"]
     assert launcher.start(folder / "uninterrupted", *settings).wait(seconds=600) == [0, 0]
 
-    run_dir, attempts, killed, resumed_from = folder / "run", [], 0, 0
-    for number in count():
+    run_dir, attempts, killed_at, resumed_from = folder / "run", [], [], 0
+    for number in range(kills + 1):
         attempts.append(folder / f"rows {number}")
         attempts[-1].mkdir()
         background = generator.random() < 0.5
         job = launcher.start(run_dir, *settings, f"train.checkpoint.async={str(background).lower()}", rows=attempts[-1])
-        if killed < kills:
-            kill_at_a_random_moment(job, generator)
+        if number < kills:
+            kill_at_a_random_moment(job, *moments[number], generator)
         codes = job.wait(seconds=600)
         resumed = re.search(r"resumes after step (\d+) ", job.out)
         if resumed:
             assert int(resumed[1]) >= resumed_from, "a checkpoint that was there before is not any more"
             resumed_from = int(resumed[1])
-        if codes == [0, 0]:
+        if number == kills:
+            assert codes == [0, 0], job.err
             break
-        killed += 1
-        assert 0 not in codes, "a rank that goes on alone"
+        killed_at.append(job.steps())
+        assert 0 not in codes, "a rank that goes on alone, or a run that ends before its last kill"
         assert job.steps() - max(committed(run_dir), default=0) <= 2 * EVERY, "more is lost than one checkpoint"
-    print(f"killed {killed} times, resumed last after step {resumed_from} of {steps}")
-    assert killed >= kills / 2 and resumed_from > 0
+    print(f"killed after steps {killed_at} of {steps}, resumed last after step {resumed_from}")
+    assert resumed_from >= steps // 4
     assert not list((run_dir / "checkpoints").glob(".*"))
     assert_every_row_once(attempts, steps)
     assert_same_records(run_dir, folder / "uninterrupted")
@@ -126,7 +142,7 @@ def assert_same_records(run_dir: Path, uninterrupted: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_killed_five_times(launcher: Launcher, tmp_path: Path) -> None:
-    check_kills(launcher, tmp_path, kills=5, steps=18)
+    check_kills(launcher, tmp_path, kills=5, steps=24)
 
 
 @pytest.mark.soak

@@ -71,7 +71,7 @@ class Threaded(Case):
             surprise=surprise or None, state=SlotState(*state) if state else None, gate=gate or None,
             below=SegmentEnds(stacked=SlotState(*below)) if below else None, backend=backend, **options,
         )  # fmt: skip
-        return o, ends.stacked()
+        return o, ends.stacked(len(ends))
 
 
 def threaded_case(

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ from slotmamba.checkpoint.tensors import read_tensors, stored_tensors
 from slotmamba.cli import main
 from slotmamba.config import Recipe, load_recipe
 from slotmamba.metrics import read_metrics
+from tests.forking import Command, Server
 
 # Two sources whose rows have very different numbers of labels, three segments a row, two passes a step.
 TINY = """\
@@ -132,71 +129,18 @@ def succeeds(arguments: list[str]) -> None:
     assert main(arguments) == 0
 
 
-class Command:
-    """A `slotmamba` process."""
-
-    def __init__(self, pid: int, poll: Callable[[], int | None], output: Path) -> None:
-        self.pid = pid
-        self._poll = poll
-        self._output = output
-        self.code: int | None = None
-
-    def poll(self) -> int | None:
-        """Its exit code, minus the signal that ended it; None while it runs."""
-        if self.code is None:
-            self.code = self._poll()
-        return self.code
-
-    def wait(self) -> int:
-        while self.poll() is None:
-            time.sleep(0.002)
-        assert self.code is not None
-        return self.code
-
-    def wait_until(self, happened: Callable[[], object]) -> bool:
-        """Returns once something has happened, or False once the process has ended without it."""
-        while not happened():
-            if self.poll() is not None:
-                return bool(happened())
-            time.sleep(0.002)
-        return True
-
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal; a process that has ended gets none."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    @property
-    def out(self) -> str:
-        return self._output.read_text()
-
-    @property
-    def err(self) -> str:
-        return self._output.with_suffix(".err").read_text()
-
-
 class Commands:
     """Starts `slotmamba` processes: by default forked from a server that has imported it, which saves seconds."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._started = 0
-        self._server = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("command_server.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        self._server = Server("tests.train.command_server", folder)
 
     def start(self, arguments: list[str]) -> Command:
-        output = self._next_output()
-        pid = self._request("start", arguments, str(output), str(output.with_suffix(".err")))
-        return Command(pid, lambda: self._request("poll", pid), output)
+        return self._server.start(arguments)
 
     def start_anew(self, arguments: list[str]) -> Command:
         """The installed command in a fresh interpreter, as a user starts it."""
-        output = self._next_output()
+        output = self._server.output()
         with output.open("w") as out, output.with_suffix(".err").open("w") as err:
             process = subprocess.Popen(
                 [Path(sys.executable).with_name("slotmamba"), *arguments],
@@ -213,17 +157,4 @@ class Commands:
         return command
 
     def close(self) -> None:
-        self._server.communicate()
-
-    def _next_output(self) -> Path:
-        self._started += 1
-        output = self._folder / f"{self._started}.out"
-        output.touch()
-        output.with_suffix(".err").touch()
-        return output
-
-    def _request(self, *request: object) -> Any:
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        self._server.close()

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.runs import Command, Commands, Runs, assert_same_run, committed, records
+from tests.forking import Command
+from tests.train.runs import Commands, Runs, assert_same_run, committed, records
 
 EVERY = 2  # steps between checkpoints
 SETTINGS = [f"train.checkpoint.every={EVERY}", "train.eval_every=5", "train.eval_rows=2"]

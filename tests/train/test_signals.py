@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.runs import Command, Commands, Runs, assert_same_run, committed, records
+from tests.forking import Command
+from tests.train.runs import Commands, Runs, assert_same_run, committed, records
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -182,9 +183,12 @@ def test_schedules(runs: Runs, tmp_path: Path, schedule: str) -> None:
 
 
 def test_it_learns(runs: Runs, tmp_path: Path) -> None:
-    log = trained(runs.recipe(tmp_path, "train.steps=14", "optim.lr=0.02", "train.eval_every=14", "seed=3"))
-    assert log[-1]["loss/text"] < log[0]["loss/text"] - 0.7
-    assert log[-1]["loss/recall"] < log[0]["loss/recall"] - 0.3
+    """From the first three steps to the last three; seeds 0 to 7 gain 0.95 to 1.11 and 0.52 to 0.72 nats."""
+    settings = ["optim.lr=0.02", "train.global_batch_tokens=384", "train.micro_batch=4"]
+    log = trained(runs.recipe(tmp_path, "train.steps=14", "train.eval_every=14", *settings))
+    for source, gain in (("text", 0.5), ("recall", 0.3)):
+        first, last = (mean(record[f"loss/{source}"] for record in part) for part in (log[:3], log[-3:]))
+        assert last < first - gain, source
 
 
 def test_recall_samples_from_shards(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def hksa(
         gamma: [H] power of the decay, >= 0.
         num_slots: slots of a head, M.
         state: entering memory; None is `SlotState.initial` without its M rows. With many slots (DENSE_SLOTS in
-            triton_op.py), backend "triton" answers None with a sparse memory; a dense one is followed by a dense one.
+            state.py), backend "triton" answers None with a sparse memory; a dense one is followed by a dense one.
         doc_start: [B, T] integers, index counted from the call's first token of the first token of t's document;
             negative when it began before the call. None: one document, that of the entering state.
         surprise: (a_s [H], eta [H]) in (0, 1); None leaves the surprise of the state as it is.

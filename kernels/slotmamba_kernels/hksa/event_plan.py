@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from slotmamba_kernels.hksa.event_plan_kernels import link_kernel, rank_kernel, scan_kernel, scatter_kernel
+from slotmamba_kernels.hksa.state import MOST_BUCKETS
 
-MAX_DIGIT_BITS = 10
-"""Of one pass of the sort: all of M=1024 slots in one pass, M=4^10 in two."""
-
-MOST_BUCKETS = 2**MAX_DIGIT_BITS  # they are counted by the last digit
+MAX_DIGIT_BITS = MOST_BUCKETS.bit_length() - 1
+"""Of one pass of the sort, whose last counts the buckets: all of M=1024 slots in one pass, M=4^10 in two."""
 
 EVENTS_PER_BUCKET = 16
 """At least, on average, or a bucket is made of several slots. Few, since a bucket's writes wait for each other."""

@@ -11,40 +11,41 @@ from torch import Tensor
 from slotmamba_kernels.backends import choose_backend
 from slotmamba_kernels.hksa import fits_triton, hksa
 from slotmamba_kernels.hksa.arguments import Inject, Surprise, check_arguments
-from slotmamba_kernels.hksa.event_plan import MOST_BUCKETS
-from slotmamba_kernels.hksa.state import SlotState, SparseSlotState
+from slotmamba_kernels.hksa.state import MOST_BUCKETS, SlotState, SparseSlotState
 from slotmamba_kernels.threading.mix import thread_slots
 
 Gate = tuple[Tensor, Tensor]
 InjectSegment = Callable[[slice, SlotState | None], Inject]
 
 
-class SegmentEnds(Sequence[SlotState]):
+class SegmentEnds:
     """A layer's memories at the ends of consecutive segments.
 
-    They are tensors of their own, or parts of tensors [B, N, H, M(, d)] that hold those of all N segments.
+    Those of the first N segments may be parts of tensors [B, N, H, M(, d)]; all others are tensors of their own.
     """
 
     def __init__(self, states: Sequence[SlotState] = (), *, stacked: SlotState | None = None) -> None:
-        self._states, self._stacked = states, stacked
+        self._stacked, self._states = stacked, list(states)
+        self._in_stack = 0 if stacked is None else stacked.z.shape[1]
 
     def __len__(self) -> int:
-        return len(self._states) if self._stacked is None else self._stacked.z.shape[1]
+        return self._in_stack + len(self._states)
 
-    def __getitem__(self, number: Any) -> Any:
-        if isinstance(number, slice):
-            if self._stacked is None:
-                return SegmentEnds(self._states[number])
-            return SegmentEnds(stacked=self._stacked.map(lambda x: x[:, number]))
-        if self._stacked is None:
-            return self._states[number]
+    def __getitem__(self, number: int) -> SlotState:
+        number = range(len(self))[number]
+        if self._stacked is None or number >= self._in_stack:
+            return self._states[number - self._in_stack]
         return self._stacked.map(lambda x: x[:, number])
 
-    def stacked(self) -> SlotState:
-        """All of them, dense, in tensors [B, N, H, M(, d)]."""
-        if self._stacked is not None:
+    def stacked(self, count: int) -> SlotState:
+        """Those of the first `count` segments, dense, as tensors [B, count, H, M(, d)].
+
+        One more than there are is allowed: in its place, which nobody is to look at, stands the last.
+        """
+        if self._stacked is not None and count == self._in_stack:
             return self._stacked
-        parts = [vars(state.dense()) for state in self._states]
+        assert count <= len(self) + 1
+        parts = [vars(self[min(number, len(self) - 1)].dense()) for number in range(count)]
         return SlotState(*(torch.stack([part[name] for part in parts], 1) for name in parts[0]))
 
 
@@ -117,9 +118,10 @@ def hksa_threaded(
         and choose_backend("hksa_threaded", backend, q, ("reference", "torch", "triton")) == "triton"
     )
     if not at_once:
-        return _one_by_one(
+        o, states = _one_by_one(
             named, 0, segment_len, gate, below, state, doc_start, inject, return_state=return_state, **options
         )
+        return o, SegmentEnds(states)
     check_arguments(named, num_slots, state, doc_start, surprise, None)
     from slotmamba_kernels.threading.threaded_op import threaded_triton
 
@@ -127,21 +129,16 @@ def hksa_threaded(
     fused = _tokens(named, slice(0, whole * segment_len))
     o, ends = threaded_triton(
         fused, num_slots=num_slots, segment_len=segment_len, surprise=surprise, gate=gate,
-        below=None if gate is None or below is None else _exactly(below, whole).stacked(),
+        below=None if gate is None or below is None else below.stacked(whole),
         state=state, doc_start=None if doc_start is None else doc_start[:, : whole * segment_len],
     )  # fmt: skip
     if whole == segments:
         return o, SegmentEnds(stacked=ends)
-    done = SegmentEnds(stacked=ends)
+    memory = SegmentEnds(stacked=ends)[-1]
     rest, last = _one_by_one(
-        named, whole, segment_len, gate, below, done[-1], doc_start, None, return_state=return_state, **options
+        named, whole, segment_len, gate, below, memory, doc_start, None, return_state=return_state, **options
     )
-    return torch.cat([o, rest], 1), SegmentEnds([*done, *last])
-
-
-def _exactly(ends: SegmentEnds, count: int) -> SegmentEnds:
-    """The first `count`; in place of a last one that is missing, which nobody looks at, stands the one before."""
-    return ends[:count] if len(ends) >= count else SegmentEnds([*ends, ends[-1]])
+    return torch.cat([o, rest], 1), SegmentEnds(last, stacked=ends)
 
 
 def _one_by_one(
@@ -156,7 +153,7 @@ def _one_by_one(
     *,
     return_state: bool,
     **options: Any,
-) -> tuple[Tensor, SegmentEnds]:
+) -> tuple[Tensor, list[SlotState]]:
     """Segments from number `first` on; memory: at the end of the one before."""
     length = named["q"].shape[1]
     outputs: list[Tensor] = []
@@ -178,7 +175,7 @@ def _one_by_one(
         outputs.append(o)
         if memory is not None:
             ends.append(memory)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), SegmentEnds(ends)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), ends
 
 
 def _tokens(named: dict[str, Tensor], span: slice) -> dict[str, Tensor]:
