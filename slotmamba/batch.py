@@ -21,14 +21,15 @@ from slotmamba_data import Plan, Row, Source, Tokenizer
 class Batch:
     """A micro-batch of B rows of T tokens.
 
-    input_ids, labels, doc_start: [B, T] int64; valid: [B, T] bool; source: [B] int64, index of the row's source;
+    input_ids, labels, doc_start: [B, T] int64; valid: [B, T] bool, None when no row has padding, which spares the model
+    to look for it; source: [B] int64, index of the row's source;
     encoder_ids [B, S] int64 and encoder_valid [B, S] bool for encoder-decoder models, else None.
     """
 
     input_ids: Tensor
     labels: Tensor
     doc_start: Tensor
-    valid: Tensor
+    valid: Tensor | None
     source: Tensor
     encoder_ids: Tensor | None
     encoder_valid: Tensor | None
@@ -50,7 +51,7 @@ class Batch:
             input_ids=stack([row.tokens for row in rows], torch.long),
             labels=stack([row.labels for row in rows], torch.long),
             doc_start=stack([row.doc_start for row in rows], torch.long),
-            valid=stack([row.valid for row in rows], torch.bool),
+            valid=None if all(row.valid.all() for row in rows) else stack([row.valid for row in rows], torch.bool),
             source=torch.tensor([row.source for row in rows], device=device),
             encoder_ids=encoder_ids,
             encoder_valid=encoder_valid,

@@ -30,7 +30,7 @@ def activations(recipe: Recipe) -> dict[str, float]:
     tokens = layers.row.tokens * recipe.train.micro_batch
     per_token = _recomputed(recipe, layers) if recomputes(recipe) else _kept(layers)
     parts = {name: number * tokens for name, number in per_token.items() if number}
-    parts[WORKSPACE] = max(parts[WORKSPACE], layers.logits(layers.row.labelled * tokens))
+    parts[WORKSPACE] = max(parts.get(WORKSPACE, 0.0), layers.logits(layers.row.labelled * tokens))
     return parts
 
 
@@ -50,7 +50,8 @@ def _kept(layers: LayerBytes) -> dict[str, float]:
     parts["slot memory"] = count * layers.slot_memory() + layers.mixed_memories()
     parts["injection"] = len(config.decoder_inject_layers) * layers.injection()
     parts["MLP"] = count * layers.mlp()
-    return parts | {"output": layers.output(), WORKSPACE: layers.workspace(1)}
+    # The highest layer's MLP is done with when its slot memory has its turn.
+    return parts | {"output": layers.output(), WORKSPACE: max(0.0, layers.workspace(1) - layers.mlp())}
 
 
 def _recomputed(recipe: Recipe, layers: LayerBytes) -> dict[str, float]:

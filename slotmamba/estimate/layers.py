@@ -44,11 +44,6 @@ class LayerBytes:
         """Whether the slot memory runs on Triton kernels, which take heads of so many channels."""
         return self.gpu and self.config.head_dim <= MAX_DIM
 
-    @property
-    def at_once(self) -> bool:
-        """Whether the kernels run all segments of a row at once, in layers without injection."""
-        return self.fused and self._threaded() and self.config.slots.num_slots <= MOST_BUCKETS
-
     def mlp(self) -> float:
         """Gate, its silu, up and their product."""
         return self._entry(2) + 4 * self.matrix * self.hidden if self.hidden else 0
@@ -60,10 +55,10 @@ class LayerBytes:
         return self._entry(1) + 2 * FLOAT * width + 5 * self.matrix * width + (1 + self.matrix) * seen
 
     def bdlru(self) -> float:
-        """v and h, which kernels take in the precision they come in; the gates as softmax leaves them and with padding
-        masked."""
+        """v and h, which kernels take in the precision they come in; the gates as softmax leaves them and, where
+        there is padding, with it masked."""
         width, gates = self.config.d_model, self.config.d_model * (self.config.bdlru.block_size + 1)
-        kept = self._entry(1, float32=True) + 2 * FLOAT * gates
+        kept = self._entry(1, float32=True) + (1 + self.row.padded) * FLOAT * gates
         if self.gpu and self.config.bdlru.block_size in TRITON_BLOCK_SIZES:
             return kept + 2 * self.matrix * width
         return kept + 2 * FLOAT * width + self._rounded(width)
@@ -80,7 +75,7 @@ class LayerBytes:
         entries = heads * slots.factors * slots.factor_size
         logits = FLOAT * entries * (slots.address_conv + 6)
         if self.gpu and fits_fused(slots.factors, slots.factor_size, active):
-            found = heads * active * (2 * (INT32 + FLOAT) + FLOAT)  # and write weights with padding masked
+            found = heads * active * (2 * (INT32 + FLOAT) + self.row.padded * FLOAT)  # write weights are masked
         else:
             found = 2 * heads * active * (INDEX * slots.factors + FLOAT)
         output = (2 * FLOAT + 3 * matrix) * width
@@ -96,14 +91,21 @@ class LayerBytes:
 
     def _kernels_keep(self) -> float:
         """Of each write: what the slot held after it in the inputs' precision, its normaliser, the products with keys
-        of each step, log-decay, and with threading surprise and errors; of each write and read its places in the plan.
+        of each step, log-decay, and with threading surprise and errors; of each write and read its places in the plan,
+        and of all segments at once those of every slot.
         """
         slots = self.config.slots
         contents = 2 * self.config.head_dim * self.matrix
         surprise = 3 * FLOAT if self._threaded() else 0
         plan = (5 + 3) * INT32  # order, two links, the range and source of a write; order and source of a read
         numbers = contents + FLOAT * (2 + 2 * slots.householder_steps) + surprise + plan
-        return self.config.n_heads * slots.top_k * numbers
+        buckets = 2 * INT32 * slots.num_slots / slots.segment_len if self._at_once() else 0
+        return self.config.n_heads * (slots.top_k * numbers + buckets)
+
+    def _at_once(self, layer: int = 0) -> bool:
+        """Whether a layer runs through all segments of a row at once, as `hksa_threaded` decides."""
+        few = self.config.slots.num_slots <= MOST_BUCKETS and layer not in self.config.decoder_inject_layers
+        return self.fused and self._threaded() and few and self.row.tokens >= 2 * self.config.slots.segment_len
 
     def _threaded(self) -> bool:
         return self.config.slots.thread_layers and self.config.decoder_layers > 1
@@ -114,21 +116,16 @@ class LayerBytes:
         touched = min(self.config.slots.num_slots, 2 * self.config.slots.top_k * segment)
         return FLOAT * 2 * self.config.d_model * touched / segment
 
-    def segment_ends(self) -> int:
-        """Ends of segments at which others follow, in a row."""
-        return -(-self.row.tokens // self.config.slots.segment_len) - 1 if self.config.segmented else 0
-
     def segment_memories(self, layer: int) -> int:
-        """The slot memories of a layer at the ends of a row's segments, but the last's, all together, of a sequence;
-        the last one's too where all run at once, if it is whole.
+        """The slot memories of a layer at the ends of a row's segments, of a sequence: the last's too where the kernels
+        run through all at once and it is whole, elsewhere not.
 
         On a GPU large memories have rows for written slots only: at most all writes of this layer and, by threading, of
         the layers below.
         """
         config, total = self.config, 0
-        if self.at_once and layer not in config.decoder_inject_layers:
-            return self.row.tokens // config.slots.segment_len * slot_memory(config)
-        for end in range(1, self.segment_ends() + 1):
+        whole = self.row.tokens % config.slots.segment_len == 0
+        for end in range(1, self._segments() + (whole and self._at_once(layer))):
             rows = config.slots.num_slots
             if self.fused and rows > DENSE_SLOTS:
                 layers = layer + 1 if self._threaded() else 1
@@ -137,26 +134,34 @@ class LayerBytes:
         return total
 
     def mixed_memories(self) -> float:
-        """The memories from which segments start, mixes of a layer's own and the one below, by token, of all layers;
-        of the lowest layer and a row's first segment too where all run at once."""
+        """The memories from which segments start, by token, of all layers: mixes of the layer's own and the one below.
+        The lowest layer has no others than its own, but a copy where the kernels run through all at once."""
         if not (self.fused and self._threaded()):
             return 0.0  # in PyTorch operations they are counted among the touched states
-        first = 0 if self.at_once else 1
-        return sum(map(self.segment_memories, range(first, self.config.decoder_layers))) / self.row.tokens
+        layers, lowest = self.config.decoder_layers, 0 if self._at_once(0) else 1
+        total = sum(map(self.segment_memories, range(lowest, layers)))
+        if self._at_once() and self.row.tokens % self.config.slots.segment_len:
+            total += (layers - 1) * slot_memory(self.config)  # of the rest, which follows on its own
+        return total / self.row.tokens
+
+    def _segments(self) -> int:
+        return -(-self.row.tokens // self.config.slots.segment_len) if self.config.segmented else 1
 
     def workspace(self, share: float) -> float:
         """In one slot layer's backward pass: gradients of the states, their adjoints, and each write's share of the
         gradients of k, u_k and u_v; of a segment at a time, or of the share of the row that is a chunk, given by token
-        of the row (of the chunk). On kernels an adjoint of each write, gradients of the vectors, and of all segments'
-        vectors put together, old and new sum."""
+        of the row (of the chunk). On kernels an adjoint of each write, and gradients of the vectors; those of all
+        segments put together, old and new sum, or of all at once, with those of the memories of the layer below."""
         config = self.config
         length = self.row.tokens * share
-        part = min(config.slots.segment_len, length) if config.segmented and not self.at_once else length
+        part = min(config.slots.segment_len, length) if config.segmented else length
         active, steps = config.slots.top_k, config.slots.householder_steps
         if not self.fused:
             return FLOAT * config.d_model * active * (4 + 3 * steps) * part / length
         vectors = self.matrix * config.d_model * (1 + 3 * steps)
         of_writes = config.n_heads * active * (2 * config.head_dim * self.matrix + FLOAT * (4 + 2 * steps))
+        if self._at_once():
+            return of_writes + vectors + slot_memory(config) / config.slots.segment_len
         return (of_writes + vectors) * part / length + (2 * vectors if part < length else 0)
 
     def injection(self) -> float:

@@ -80,7 +80,9 @@ def _batch(recipe: Recipe) -> dict[str, Tensor]:
     labels = torch.where(torch.rand(shape) < row.labelled, ids[1], IGNORED)
     document = max(1, 3 * shape[1] // 8)
     doc_start = (torch.arange(shape[1]) // document * document).expand(shape)
-    batch = {"input_ids": ids[0], "labels": labels, "doc_start": doc_start, "valid": torch.ones(shape).bool()}
+    batch = {"input_ids": ids[0], "labels": labels, "doc_start": doc_start}
+    if row.padded:
+        batch["valid"] = torch.ones(shape).bool()
     if row.encoder_tokens:
         encoder = torch.randint(recipe.model.vocab_size, (shape[0], row.encoder_tokens))
         batch |= {"encoder_ids": encoder, "encoder_valid": torch.ones_like(encoder).bool()}

@@ -13,20 +13,22 @@ class RowShape:
     """A row of training data.
 
     tokens: of the decoder, T; encoder_tokens: of the encoder, S, 0 without one; labelled: share of the T positions that
-    have a label, a mean over the sources.
+    have a label, a mean over the sources; padded: whether rows have padding as a rule.
     """
 
     tokens: int
     encoder_tokens: int
     labelled: float
+    padded: bool
 
 
 def row_shape(recipe: Recipe) -> RowShape:
     """The row that the training sources make.
 
-    Text has a label everywhere. Generated recall samples say how many labels and encoder tokens they have; the longest
-    encoder row counts, as shorter ones are padded to it. Recall samples from shards, which need not be there yet, are
-    taken to have a label everywhere and as many encoder tokens as decoder tokens, which is the most they can cost.
+    Text has a label everywhere, and no padding but in the last row of an epoch. Generated recall samples say how many
+    labels and encoder tokens they have; the longest encoder row counts, as shorter ones are padded to it. Recall
+    samples from shards, which need not be there yet, are taken to have a label everywhere and as many encoder tokens as
+    decoder tokens, which is the most they can cost.
     """
     sources, length = recipe.data.sources, recipe.data.seq_len
     weight = sum(source.weight for source in sources)
@@ -34,6 +36,7 @@ def row_shape(recipe: Recipe) -> RowShape:
         tokens=length,
         encoder_tokens=max(_encoder_tokens(source, length) for source in sources) if recipe.model.encoder_layers else 0,
         labelled=sum(source.weight * _labelled(source, length) for source in sources) / weight,
+        padded=any(source.kind != "lm" for source in sources),
     )
 
 

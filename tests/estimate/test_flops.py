@@ -19,7 +19,9 @@ from tests.estimate.recipes import ENCODER, SLOTS, TINY
 
 def test_flops_of_a_tiny_model_by_hand() -> None:
     """C=8, H=2, d=4; U=2, p=3, K=2, n=2, M=9; BD-LRU blocks of 2; MLP of 16; 16 tokens of vocabulary; rows of 12."""
-    found = forward_flops(ModelConfig.model_validate(TINY), RowShape(tokens=12, encoder_tokens=0, labelled=0.5))
+    found = forward_flops(
+        ModelConfig.model_validate(TINY), RowShape(tokens=12, encoder_tokens=0, labelled=0.5, padded=False)
+    )
     matmul = {name: flops.matmul for name, flops in found.items()}
     assert matmul == {
         # q, k, v, out 4 * 8*8 multiply-adds; a token sees 6.5 tokens on average, 8 multiply-adds twice.
@@ -142,7 +144,7 @@ def test_slot_memory_against_counting_scalars(heads: int, dim: int, active: int,
     slots = SLOTS | {"top_k": active, "householder_steps": steps}
     model = {"d_model": heads * dim, "n_heads": heads, "decoder_layers": 3, "slots": slots}
     config = ModelConfig.model_validate(model | {"bdlru": {"block_size": 1}})
-    found = slot_memory(config, RowShape(tokens=10, encoder_tokens=0, labelled=1.0))
+    found = slot_memory(config, RowShape(tokens=10, encoder_tokens=0, labelled=1.0, padded=False))
     layers, boundaries, total_slots = 3, 2, 9
     assert found["write"].other == layers * heads * active * operations(write, dim, steps)
     assert found["read"].other == layers * heads * active * operations(read_of_a_slot)
@@ -173,7 +175,7 @@ def test_matrix_products_against_pytorchs_counter(changes: dict[str, Any]) -> No
     config = ModelConfig.model_validate(TINY | changes)
     batch, length = 3, 12
     counted = counted_by_pytorch(build_model(config), torch.randint(16, (batch, length)))
-    found = forward_flops(config, RowShape(length, 0, labelled=1.0))
+    found = forward_flops(config, RowShape(length, 0, labelled=1.0, padded=False))
     expected = sum(flops.matmul for flops in found.values()) * batch * length
     if config.attention_layer is not None:
         # The counter takes all pairs of tokens, we those that causal attention needs.
@@ -185,6 +187,6 @@ def test_matrix_products_of_an_encoder_decoder_against_pytorchs_counter() -> Non
     config = ModelConfig.model_validate(TINY | ENCODER | {"decoder_attn_layer": None})
     batch, length, encoder_length = 3, 4, 12  # one segment; keys and values of the encoder are projected once
     inputs = torch.randint(16, (batch, length)), torch.randint(16, (batch, encoder_length))
-    found = forward_flops(config, RowShape(length, encoder_length, labelled=1.0))
+    found = forward_flops(config, RowShape(length, encoder_length, labelled=1.0, padded=False))
     expected = sum(flops.matmul for flops in found.values()) * batch * length
     assert counted_by_pytorch(build_model(config), *inputs) == round(expected)

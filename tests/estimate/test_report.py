@@ -52,9 +52,9 @@ def test_parameters_are_those_of_the_model(model: dict[str, Any]) -> None:
 
 
 def test_rows_of_a_recipe() -> None:
-    assert row_shape(recipe_of(TINY)) == RowShape(12, 0, 1.0)
+    assert row_shape(recipe_of(TINY)) == RowShape(12, 0, 1.0, padded=False)
     # The encoder's row is that of 9 pairs; 8 and 4 queries in rows of 12, half of the rows each.
-    assert row_shape(recipe_of(TINY | ENCODER | {"vocab_size": 64})) == RowShape(12, 20, 0.5)
+    assert row_shape(recipe_of(TINY | ENCODER | {"vocab_size": 64})) == RowShape(12, 20, 0.5, padded=True)
     settings = [{"length": 16, "pairs": 4}, {"length": 40, "pairs": 8, "weight": 3}]
     recall = {"name": "recall", "kind": "mqar", "mqar": {"vocab_size": 64, "settings": settings}, "weight": 2}
     text = {"name": "text", "shards": "nowhere"}

@@ -12,8 +12,10 @@ from torch import Tensor
 from slotmamba_kernels.hksa.slot_lists import rows_of
 
 DENSE_SLOTS = 4096
-MOST_BUCKETS = 1024  # heads with at most so many slots have a bucket of the event plan for each of them
 """On the Triton backend heads with more slots leave a sparse memory, unless they were given a dense one."""
+
+MOST_BUCKETS = 1024
+"""Of an event plan, in which heads with at most so many slots can have one for each of them."""
 
 
 @dataclass(frozen=True)
