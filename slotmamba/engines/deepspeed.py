@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -97,14 +98,16 @@ class DeepSpeedEngine(Engine):
         self.model = _sharded(recipe, config, weights) if self._stage == 3 else _whole(recipe, world, weights)
         optimizer = build_optimizer(self.model, recipe.optim, decayed_parameters(skeleton))
         self.zero, self.optimizer, _, _ = deepspeed.initialize(
-            model=_Losses(self.model), optimizer=optimizer, config=config, dist_init_required=False
+            model=_Losses(self.model, partial(compute_precision, world.device, recipe.train.precision)),
+            optimizer=optimizer,
+            config=config,
+            dist_init_required=False,
         )
         # Whoever validates calls the model's own losses; in stage 3 hooks around the wrapper gather the weights.
         self.model.losses = self._forward  # type: ignore[assignment,method-assign]
 
     def losses(self, **arguments: Tensor) -> TokenLosses:
-        with compute_precision(self.world.device, self.recipe.train.precision):
-            return self._forward(**arguments)
+        return self._forward(**arguments)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.zero.set_gradient_accumulation_boundary(last)
@@ -187,15 +190,18 @@ class DeepSpeedEngine(Engine):
 class _Losses(nn.Module):
     """What DeepSpeed wraps: its hooks run around `forward` and look for tensors in tuples.
 
-    The model is its only child, under the name that checkpoints give it too.
+    The model is its only child, under the name that checkpoints give it too. precision: what the model computes in. It
+    is entered here because on GPUs DeepSpeed switches off an autocast that it finds around its forward.
     """
 
-    def __init__(self, model: SlotMamba) -> None:
+    def __init__(self, model: SlotMamba, precision: Callable[[], AbstractContextManager[object]]) -> None:
         super().__init__()
         self.model = model
+        self.precision = precision
 
     def forward(self, **arguments: Tensor) -> tuple[Tensor, ...]:
-        losses = type(self.model).losses(self.model, **arguments)  # type: ignore[arg-type]
+        with self.precision():
+            losses = type(self.model).losses(self.model, **arguments)  # type: ignore[arg-type]
         return tuple(getattr(losses, field.name) for field in fields(losses))
 
 

@@ -46,19 +46,19 @@ class LayerBytes:
 
     def mlp(self) -> float:
         """Gate, its silu, up and their product."""
-        return self._entry(2) + 4 * self.matrix * self.hidden if self.hidden else 0
+        return self._entry() + 4 * self.matrix * self.hidden if self.hidden else 0
 
     def attention(self, seen: int) -> float:
         """q and k before (float32) and after their rotation, v, the output; the mask of documents as bool and
         numbers."""
         width = self.config.d_model
-        return self._entry(1) + 2 * FLOAT * width + 5 * self.matrix * width + (1 + self.matrix) * seen
+        return self._entry() + 2 * FLOAT * width + 5 * self.matrix * width + (1 + self.matrix) * seen
 
     def bdlru(self) -> float:
         """v and h, which kernels take in the precision they come in; the gates as softmax leaves them and, where
         there is padding, with it masked."""
         width, gates = self.config.d_model, self.config.d_model * (self.config.bdlru.block_size + 1)
-        kept = self._entry(1, float32=True) + (1 + self.row.padded) * FLOAT * gates
+        kept = self._entry(float32=True) + (1 + self.row.padded) * FLOAT * gates
         if self.gpu and self.config.bdlru.block_size in TRITON_BLOCK_SIZES:
             return kept + 2 * self.matrix * width
         return kept + 2 * FLOAT * width + self._rounded(width)
@@ -79,7 +79,7 @@ class LayerBytes:
         else:
             found = 2 * heads * active * (INDEX * slots.factors + FLOAT)
         output = (2 * FLOAT + 3 * matrix) * width
-        kept = self._entry(6, float32=True) + logits + found + output
+        kept = self._entry(float32=True) + logits + found + output
         if self.fused:
             vectors = matrix * width * (1 + 3 * steps) + FLOAT * width * (1 + steps) + matrix * width * steps
             return kept + vectors + self._kernels_keep()
@@ -184,7 +184,7 @@ class LayerBytes:
         pairs = 2 * size * heads + size
         scan = FLOAT * padding * (pairs + 4 * inner + 2 * (heads + 1) * states + 2 * inner * states / size)
         output = 3 * matrix * inner + 2 * FLOAT * inner
-        return self._entry(1) + 2 * (projected + scan + output)
+        return self._entry() + 2 * (projected + scan + output)
 
     def encoder_layer(self) -> float:
         """The largest of the encoder's layers."""
@@ -219,13 +219,13 @@ class LayerBytes:
         widened = FLOAT if self.matrix < FLOAT and not self.gpu else 0
         return rows * self.config.vocab_size * (self.matrix + widened)
 
-    def _entry(self, products: int, float32: bool = False) -> int:
+    def _entry(self, float32: bool = False) -> int:
         """What every sublayer begins with: the residual stream, which its norm keeps, and the normed input of matrices:
-        under autocast a copy for each of the products, and the float32 that gates and addresses take."""
+        under autocast a copy, and the float32 that gates and addresses take."""
         width = self.config.d_model
         if self.matrix == FLOAT:
             return 2 * FLOAT * width
-        return FLOAT * width * (1 + float32) + self.matrix * width * products
+        return FLOAT * width * (1 + float32) + self.matrix * width
 
     def _rounded(self, numbers: int) -> int:
         """The copies that autocast makes of float32 numbers (or back)."""

@@ -29,6 +29,12 @@ class OutputMatrix(nn.Linear):
         return super().forward(x) if targets is None else linear_cross_entropy(x, self.weight, targets)
 
 
+def for_products(x: Tensor) -> Tensor:
+    """x in the precision in which autocast multiplies, for several linear layers: each would make and keep a copy."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 class SwiGLU(nn.Module):
     """y = W_down(silu(W_gate x) * W_up x), x and y [..., d_model] (Shazeer, arXiv:2002.05202).
 
@@ -45,6 +51,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = for_products(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slotmamba.config.schema import ModelConfig
 from slotmamba.models.initial import constant, starts, starts_like
 from slotmamba.models.injection import EncoderMemory, SlotInjection
+from slotmamba.models.layers import for_products
 from slotmamba.models.short_conv import ShortConv
 from slotmamba.models.threading import SurpriseGate
 from slotmamba_kernels import SegmentEnds, SlotState, hksa, hksa_step_, hksa_threaded, kronecker_topk
@@ -118,7 +119,8 @@ class SlotMemory(nn.Module):
         if self.write_conv is not None:
             window_after = self.write_conv.window_after(write_logits, window)
             write_logits = self.write_conv(write_logits, doc_start, window)
-        inputs, use = self._inputs(x, write_logits, valid)
+        rounded = for_products(x)
+        inputs, use = self._inputs(x, rounded, write_logits, valid)
 
         def inject(span: slice, entering: SlotState | None) -> Inject:
             assert self.injection is not None and encoder is not None
@@ -139,7 +141,7 @@ class SlotMemory(nn.Module):
             inject=None if self.injection is None else inject,
             return_state=return_state,
         )
-        return self._output(o, x), ends, window_after, use
+        return self._output(o, rounded), ends, window_after, use
 
     def step(
         self, x: Tensor, state: SlotLayerState, encoder: EncoderMemory | None, *, consume: bool = False
@@ -158,7 +160,7 @@ class SlotMemory(nn.Module):
             memory = state.memory.map(Tensor.contiguous)
             o = self._step_in_place(x, write_logits, memory)
         else:
-            inputs, _ = self._inputs(x, write_logits, None)
+            inputs, _ = self._inputs(x, x, write_logits, None)
             inject = None
             if self.injection is not None:
                 assert encoder is not None
@@ -214,7 +216,10 @@ class SlotMemory(nn.Module):
             return None
         return self.surprise_mix.sigmoid(), self.surprise_memory.sigmoid()
 
-    def _inputs(self, x: Tensor, write_logits: Tensor, valid: Tensor | None) -> tuple[SlotInputs, Tensor]:
+    def _inputs(
+        self, x: Tensor, rounded: Tensor, write_logits: Tensor, valid: Tensor | None
+    ) -> tuple[SlotInputs, Tensor]:
+        """rounded: x as matrices take it, which addresses do not."""
         batch, length, _ = x.shape
         write_logits = self._address_logits(write_logits, 0)
         read_logits = self._address_logits(_float32(self.read_address, x), 1)
@@ -222,7 +227,9 @@ class SlotMemory(nn.Module):
         read_idx, read_w = kronecker_topk(read_logits, self.config.top_k)
         if valid is not None:
             write_w = write_w * valid.view(batch, length, 1, 1)
-        inputs = SlotInputs(*self._vectors(x), write_idx=write_idx, write_w=write_w, read_idx=read_idx, read_w=read_w)
+        inputs = SlotInputs(
+            *self._vectors(rounded), write_idx=write_idx, write_w=write_w, read_idx=read_idx, read_w=read_w
+        )
         return inputs, torch.stack([_use(write_logits, valid), _use(read_logits, valid)])
 
     def _vectors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

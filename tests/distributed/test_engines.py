@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from slotmamba.config import Recipe
+from slotmamba.device import compute_precision
 from slotmamba.engines import Engine, build_engine
 from slotmamba.models.slotmamba import TokenLosses
 from slotmamba.optim import decayed_parameters
@@ -273,3 +276,17 @@ def test_the_dtypes_of_the_first_step_are_asserted(tmp_path: Path) -> None:
         for message in messages:
             assert message.startswith("optimizer states must be torch.float32: "), message
             assert message.endswith(("exp_avg is torch.bfloat16", ", ...")), (message, expected)
+
+
+def test_zero_computes_in_bfloat16_whatever_is_around_it(tmp_path: Path) -> None:
+    """On GPUs DeepSpeed switches off autocast before it calls what it wraps."""
+    from slotmamba.engines.deepspeed import _Losses
+
+    recipe = tiny(tmp_path, [*SINGLE, "train.precision=bf16"])
+    engine = build_engine(recipe, ALONE)
+    ids = torch.randint(recipe.model.vocab_size, (2, recipe.data.seq_len))
+    wrapped = _Losses(engine.model, partial(compute_precision, CPU, "bf16"))
+    with torch.autocast("cpu", enabled=False):
+        nll = wrapped(input_ids=ids, labels=ids)[0]
+    assert torch.equal(nll, engine.losses(input_ids=ids, labels=ids).nll)
+    assert not torch.equal(nll, _Losses(engine.model, nullcontext)(input_ids=ids, labels=ids)[0])
