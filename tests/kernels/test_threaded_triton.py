@@ -191,10 +191,45 @@ def test_opcheck() -> None:
     torch.library.opcheck(threaded_op.threaded_op, tuple(leaves))
 
 
-def test_without_the_layer_below_a_gate_is_refused() -> None:
-    case = threaded_case(batch=1, heads=1)
+def test_the_output_may_be_changed_in_place() -> None:
+    case = threaded_case(batch=1, heads=1, dim=32)
+    case.tensors["q"].requires_grad_()
+    o, _ = case.call("triton")
+    o *= 2
+    o.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_does_not_fit_is_refused(backend: str) -> None:
+    case = threaded_case(batch=1, heads=2)
+    tensors = case.tensors
     with pytest.raises(ValueError, match=r"hksa_threaded: a gate needs .* ends of 2 segments, there are 0"):
-        case.without(*BELOW).call("torch")
+        case.without(*BELOW).call(backend)
+    with pytest.raises(ValueError, match=r"slope of the gate has shape \(1,\), expected \(2,\)"):
+        case.with_tensors(slope=tensors["slope"][:1]).call(backend)
+    fewer = {name: tensors[name][:, :, :, :8] for name in BELOW}
+    with pytest.raises(ValueError, match=r"below has a memory of B, H, M, d = \(1, 2, 8, 4\)"):
+        case.with_tensors(**fewer).call(backend)
+    with pytest.raises(ValueError, match=r"below has a memory of .* in torch.bfloat16, torch.float32, expected"):
+        case.with_tensors(below_z=tensors["below_z"].bfloat16()).call(backend)
+    with pytest.raises(ValueError, match=r"segment_len=0, expected at least 1"):
+        replace(case, segment_len=0).call(backend)
+    longer = torch.cat([tensors["k"], tensors["k"]], 1)
+    with pytest.raises(ValueError, match=r"hksa: k has shape \(1, 18, 2, 2, 4\), expected \(1, 9, 2, 2, 4\)"):
+        case.with_tensors(k=longer).call(backend)
+    with pytest.raises(ValueError, match=r"hksa: u_v has dtype torch.bfloat16, its counterpart .* torch.float32"):
+        case.with_tensors(u_v=tensors["u_v"].bfloat16()).call(backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_document_starts_in_bytes(backend: str) -> None:
+    """Their differences would not fit: 0 - 200 is 56 in uint8."""
+    seed_afresh()
+    case = threaded_case(batch=1, heads=1, segment_len=100, segments=3, state=False)
+    case = replace(case, doc_start=torch.zeros(1, 300, dtype=torch.uint8, device=DEVICE))
+    o, _ = case.call(backend)
+    want, _ = replace(case, doc_start=None).call("torch")
+    torch.testing.assert_close(o, want, rtol=0, atol=1e-5)
 
 
 def call(activations: torch.dtype, depends_on_ends: bool, **options: Any) -> None:

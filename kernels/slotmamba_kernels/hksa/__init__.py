@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from slotmamba_kernels.backends import choose_backend
-from slotmamba_kernels.hksa.arguments import Inject, Surprise, check_arguments
+from slotmamba_kernels.hksa.arguments import Inject, Surprise, check_arguments, wide_indices
 from slotmamba_kernels.hksa.decode import hksa_step_
 from slotmamba_kernels.hksa.eager import Run, run_eager
 from slotmamba_kernels.hksa.reference import hksa_reference
@@ -82,6 +82,7 @@ def hksa(
         "read_idx": read_idx, "read_w": read_w, "gamma": gamma,
     }  # fmt: skip
     check_arguments(named, num_slots, state, doc_start, surprise, inject)
+    doc_start = wide_indices(doc_start)
     fits = fits_triton(named)
     if backend == "triton" and not fits:
         raise ValueError(

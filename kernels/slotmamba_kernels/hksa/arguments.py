@@ -27,6 +27,19 @@ def _require_integers(name: str, tensor: Tensor) -> None:
         raise ValueError(f"hksa: {name} has dtype {tensor.dtype}, expected integers")
 
 
+def _require_floats(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
+    """like: of the same dtype, which kernels that load both as rows of one tile need."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"hksa: {name} has dtype {tensor.dtype}, expected floating-point numbers")
+    if like is not None and tensor.dtype != like.dtype:
+        raise ValueError(f"hksa: {name} has dtype {tensor.dtype}, its counterpart of the other memory {like.dtype}")
+
+
+def wide_indices(doc_start: Tensor | None) -> Tensor | None:
+    """doc_start in a dtype that holds its differences."""
+    return doc_start if doc_start is None or doc_start.dtype.itemsize >= 4 else doc_start.int()
+
+
 def _has_values(x: Tensor) -> bool:
     """Whether looking at the values costs nothing: on a GPU it waits, and while torch.compile traces there are none."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -92,6 +105,9 @@ def check_arguments(
         if count > num_slots:
             raise ValueError(f"hksa: {name} has {count} active slots a token, more than num_slots={num_slots}")
         _require_slots(name, named[name], num_slots)
+    for name, tensor in named.items():
+        if name not in ("write_idx", "read_idx"):
+            _require_floats(name, tensor, named["u_k"] if name == "u_v" else None)
     for name in ("k", "u_k", "u_v"):
         _require(name, named[name], (batch, length, heads, steps, dim))
     _require("beta", named["beta"], (batch, length, heads, steps))
@@ -111,3 +127,5 @@ def check_arguments(
             _require(f"inject {name}", tensor, (batch, length, heads, writes, dim))
         for name, tensor in zip(("lam_k", "lam_v"), inject[2:], strict=True):
             _require(f"inject {name}", tensor, (batch, length, heads, writes))
+        for name, (keys, values) in {"c_v": inject[:2], "lam_v": inject[2:]}.items():
+            _require_floats(f"inject {name}", values, like=keys)

@@ -14,6 +14,9 @@ from slotmamba_kernels.hksa.slot_lists import rows_of
 DENSE_SLOTS = 4096
 """On the Triton backend heads with more slots leave a sparse memory, unless they were given a dense one."""
 
+MAX_OFFSET = 2**31 - 1
+"""Of the kernels' offsets within a stream and a stretch of tokens."""
+
 MOST_BUCKETS = 1024
 """Of an event plan, in which heads with at most so many slots can have one for each of them."""
 

@@ -17,9 +17,8 @@ from slotmamba_kernels.hksa.arrays import Gradients, Inputs, Stretch, Table
 from slotmamba_kernels.hksa.carry import Memory, carried, carried_back, leaving_rows, leaving_slots
 from slotmamba_kernels.hksa.event_plan import EventPlan, make_event_plan
 from slotmamba_kernels.hksa.launch import read_tokens, stretch_backward, write_forward
-from slotmamba_kernels.hksa.state import DENSE_SLOTS, SlotState, SparseSlotState
+from slotmamba_kernels.hksa.state import DENSE_SLOTS, MAX_OFFSET, SlotState, SparseSlotState
 
-MAX_OFFSET = 2**31 - 1  # of the kernels' offsets within a stream and a stretch
 LOCKSTEP_TOKENS = 32768
 """Longer stretches are slower: their chains drift apart, and the vectors that they share leave the L2 cache."""
 

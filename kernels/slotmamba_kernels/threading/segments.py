@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from slotmamba_kernels.backends import choose_backend
+from slotmamba_kernels.dtypes import state_dtype
 from slotmamba_kernels.hksa import fits_triton, hksa
-from slotmamba_kernels.hksa.arguments import Inject, Surprise, check_arguments
-from slotmamba_kernels.hksa.state import MOST_BUCKETS, SlotState, SparseSlotState
+from slotmamba_kernels.hksa.arguments import Inject, Surprise, check_arguments, wide_indices
+from slotmamba_kernels.hksa.state import MAX_OFFSET, MOST_BUCKETS, SlotState, SparseSlotState
 from slotmamba_kernels.threading.mix import thread_slots
 
 Gate = tuple[Tensor, Tensor]
@@ -36,6 +37,16 @@ class SegmentEnds:
         if self._stacked is None or number >= self._in_stack:
             return self._states[number - self._in_stack]
         return self._stacked.map(lambda x: x[:, number])
+
+    def kinds(self) -> set[tuple[tuple[int, ...], frozenset[torch.dtype]]]:
+        """B, H, M, d and the dtypes of the memories, of all different ones."""
+        states = self._states if self._stacked is None else [self._stacked, *self._states]
+        found: set[tuple[tuple[int, ...], frozenset[torch.dtype]]] = set()
+        for state in states:
+            batch, *_, heads, _, dim = state.S_k.shape
+            dtypes = frozenset(x.dtype for x in (state.S_k, state.S_v, state.z, state.surprise))
+            found.add(((batch, heads, state.num_slots, dim), dtypes))
+        return found
 
     def stacked(self, count: int) -> SlotState:
         """Those of the first `count` segments, dense, as tensors [B, count, H, M(, d)].
@@ -99,20 +110,21 @@ def hksa_threaded(
         "q": q, "k": k, "u_k": u_k, "u_v": u_v, "beta": beta, "write_idx": write_idx, "write_w": write_w,
         "read_idx": read_idx, "read_w": read_w, "gamma": gamma,
     }  # fmt: skip
-    length = q.shape[1]
-    segments = -(-length // segment_len)
-    if gate is not None and (below is None or len(below) < segments - 1):
-        raise ValueError(
-            f"hksa_threaded: a gate needs the memories of the layer below at the ends of {segments - 1} segments, "
-            f"there are {0 if below is None else len(below)}"
-        )
+    check_arguments(named, num_slots, state, doc_start, surprise, None)
+    if segment_len < 1:
+        raise ValueError(f"hksa_threaded: segment_len={segment_len}, expected at least 1")
+    doc_start = wide_indices(doc_start)
+    batch, length, heads, dim = q.shape
+    segments, whole = -(-length // segment_len), length // segment_len
+    if gate is not None:
+        _check_gate(gate, below, segments - 1, (batch, heads, num_slots, dim), state_dtype(q))
     options: dict[str, Any] = {"num_slots": num_slots, "surprise": surprise, "backend": backend}
-    whole = length // segment_len
     at_once = (
         whole > 1
         and surprise is not None
         and inject is None
         and num_slots <= MOST_BUCKETS
+        and segment_len * max(2 * write_idx.shape[-1], heads * k.shape[3]) * dim <= MAX_OFFSET
         and fits_triton(named)
         and not isinstance(state, SparseSlotState)
         and choose_backend("hksa_threaded", backend, q, ("reference", "torch", "triton")) == "triton"
@@ -122,7 +134,6 @@ def hksa_threaded(
             named, 0, segment_len, gate, below, state, doc_start, inject, return_state=return_state, **options
         )
         return o, SegmentEnds(states)
-    check_arguments(named, num_slots, state, doc_start, surprise, None)
     from slotmamba_kernels.threading.threaded_op import threaded_triton
 
     assert surprise is not None
@@ -139,6 +150,26 @@ def hksa_threaded(
         named, whole, segment_len, gate, below, memory, doc_start, None, return_state=return_state, **options
     )
     return torch.cat([o, rest], 1), SegmentEnds(last, stacked=ends)
+
+
+def _check_gate(
+    gate: Gate, below: SegmentEnds | None, least: int, sizes: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    """sizes: B, H, M, d of every memory of the layer below, of which there are at least so many."""
+    for name, x in zip(("bias", "slope"), gate, strict=True):
+        if tuple(x.shape) != sizes[1:2]:
+            raise ValueError(f"hksa_threaded: {name} of the gate has shape {tuple(x.shape)}, expected {sizes[1:2]}")
+    if below is None or len(below) < least:
+        raise ValueError(
+            f"hksa_threaded: a gate needs the memories of the layer below at the ends of {least} segments, "
+            f"there are {0 if below is None else len(below)}"
+        )
+    for found, dtypes in below.kinds():
+        if found != sizes or dtypes != {dtype}:
+            names = ", ".join(sorted(map(str, dtypes)))
+            raise ValueError(
+                f"hksa_threaded: below has a memory of B, H, M, d = {found} in {names}, expected {sizes} in {dtype}"
+            )
 
 
 def _one_by_one(

@@ -44,7 +44,8 @@ def threaded_triton(
     absent = (None,) * STATE_TENSORS
     results = threaded_op(
         *named.values(), *surprise, bias, slope,
-        *(absent if below is None else state_tensors(below)), *(absent if state is None else state_tensors(state)),
+        *(absent if below is None else state_tensors(below)),
+        *(absent if state is None else (part.float() for part in state_tensors(state))),
         doc_start, num_slots, segment_len,
     )  # fmt: skip
     return results[0], SlotState(*results[1 : 1 + STATE_TENSORS])
@@ -97,23 +98,23 @@ def threaded_op(
         doc_start=_documents(doc_start, segment_len), bucket_per_slot=True,
     )  # fmt: skip
     at = Stretch(0, length, plan)
-    entering, ends = (_memories(x, num_slots) for _ in range(2))
+    begun, ends = (_memories(x, num_slots, len(q)) for _ in range(2))
     table = Table.empty(x, length)
     form_log_keeps(x, at, table)
     threaded_forward[(num_slots, len(q) * heads)](
         x.k, x.u_k, x.u_v, x.beta, x.write_w, table.log_keep, x.gamma, x.a_s, x.eta, *_gate(bias, slope),
         plan.write_order, plan.previous, plan.leaving, plan.write_bucket, _continues(doc_start, segment_len),
         *_contiguous(S_k, S_v, z, surprise), *_contiguous(below_k, below_v, below_z, below_surprise),
-        *state_tensors(entering), *state_tensors(ends),
+        *state_tensors(begun), *state_tensors(ends),
         table.contents, table.z, table.alongs, table.errors, table.surprise,
         length, sequences // len(q), num_slots, 1.0 / num_slots,
         H=heads, NS=steps, K=writes, D=dim, BD=triton.next_power_of_2(dim),
         STATE=z is not None, GATE=bias is not None, DOCUMENTS=doc_start is not None, num_warps=1,
     )  # fmt: skip
-    o = torch.empty_like(x.q)
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    entering = begun.map(lambda part: part.flatten(0, 1))
     read_tokens(x, at, entering, table, num_slots, o)
-    left = [part.unflatten(0, (len(q), -1)) for part in state_tensors(ends)]
-    return [o.view(q.shape), *left, *plan.tensors(), *state_tensors(entering), *vars(table).values()]
+    return [o, *state_tensors(ends), *plan.tensors(), *state_tensors(begun), *vars(table).values()]
 
 
 @torch.library.custom_op("slotmamba::hksa_threaded_backward", mutates_args=())
@@ -154,7 +155,7 @@ def threaded_backward_op(
     sequences, length, heads, steps, writes, reads, dim = x.sizes
     batch, streams, device = len(q), len(q) * heads, q.device
     at = Stretch(0, length, EventPlan(*saved[:PLAN_TENSORS]))
-    entering = SlotState(*saved[PLAN_TENSORS : PLAN_TENSORS + STATE_TENSORS])
+    entering = SlotState(*(part.flatten(0, 1) for part in saved[PLAN_TENSORS : PLAN_TENSORS + STATE_TENSORS]))
     table = Table(*saved[PLAN_TENSORS + STATE_TENSORS :])
     grads = Gradients.empty(x)
     d_o = _segments(d_o, segment_len)
@@ -196,15 +197,15 @@ def _results(*arguments: Any) -> list[Tensor]:
     x = _inputs(named["segment_len"], *(named[name] for name in DIFFERENTIABLE[:10]))
     sequences, length, heads, _, writes, reads, _ = x.sizes
     num_slots, q = named["num_slots"], named["q"]
-    ends = [part.unflatten(0, (len(q), -1)) for part in state_tensors(_memories(x, num_slots))]
     plan = EventPlan.empty(sequences, length, heads, writes, reads, num_slots, q.device, bucket_per_slot=True)
-    entering = state_tensors(_memories(x, num_slots))
+    entering, ends = (state_tensors(_memories(x, num_slots, len(q))) for _ in range(2))
+    table = Table.empty(x, length)
     return [
-        torch.empty_like(x.q).view(q.shape),
+        torch.empty(q.shape, dtype=q.dtype, device=q.device),
         *ends,
         *plan.tensors(),
         *entering,
-        *vars(Table.empty(x, length)).values(),
+        *vars(table).values(),
     ]
 
 
@@ -263,11 +264,13 @@ def _continues(doc_start: Tensor | None, segment_len: int) -> Tensor | None:
     return None if documents is None else (documents[:, -1] < 0).int()
 
 
-def _memories(x: Inputs, num_slots: int) -> SlotState:
-    """Memories [B*N, H, M(, d)] that say nothing yet, for each segment."""
+def _memories(x: Inputs, num_slots: int, batch: int) -> SlotState:
+    """Memories [B, N, H, M(, d)] that say nothing yet, for each segment."""
     sequences, _, heads, _, _, _, dim = x.sizes
-    vectors, scores = (sequences, heads, num_slots, dim), (sequences, heads, num_slots)
-    return SlotState(*(torch.empty(shape, device=x.q.device) for shape in (vectors, vectors, scores, scores)))
+    scores = (batch, sequences // batch, heads, num_slots)
+    return SlotState(
+        *(torch.empty(shape, device=x.q.device) for shape in ((*scores, dim), (*scores, dim), scores, scores))
+    )
 
 
 def _gate(bias: Tensor | None, slope: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
