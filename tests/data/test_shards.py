@@ -47,6 +47,21 @@ def test_documents_and_their_parts_come_back(shards: tuple[Path, list[np.ndarray
     folder.close()
 
 
+def test_spans_of_a_shard_run_over_its_documents(shards: tuple[Path, list[np.ndarray]]) -> None:
+    path, documents = shards
+    folder = ShardFolder(path)
+    first = 0
+    for number, entry in enumerate(folder.manifest.shards):
+        own = documents[first : first + entry.documents]
+        first += entry.documents
+        index, stream = folder.index(number), np.concatenate(own)
+        assert index.counts.tolist() == [len(document) for document in own]
+        assert index.ends[-1] == entry.tokens == len(stream)
+        for start, stop in ((0, len(stream)), (0, 0), (1, len(stream) // 2), (len(stream) - 1, len(stream))):
+            np.testing.assert_array_equal(folder.read_span(number, start, stop), stream[start:stop])
+        np.testing.assert_array_equal(folder.read(number, len(own) - 1), own[-1])
+
+
 def test_webdataset_reads_the_shards(shards: tuple[Path, list[np.ndarray]]) -> None:
     path, documents = shards
     names = [str(path / entry.name) for entry in ShardFolder(path).manifest.shards]
@@ -147,7 +162,7 @@ def test_manifest_that_cannot_be_read(shards: tuple[Path, list[np.ndarray]], tex
 def test_damaged_index_is_named(shards: tuple[Path, list[np.ndarray]]) -> None:
     flip(shards[0] / "shard-000002.index.npz", 300)
     with pytest.raises(ValueError, match=r"shard-000002\.index\.npz is not the one that was written"):
-        ShardFolder(shards[0])
+        ShardFolder(shards[0]).index(2)
 
 
 def flip(path: Path, byte: int) -> None:
