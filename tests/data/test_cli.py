@@ -110,7 +110,7 @@ def test_inspect_finds_damage(tmp_path: Path) -> None:
         (["build", "--mqar"], "needs --setting LENGTH:PAIRS:COUNT"),
         (["build", "--mqar", "--setting", "64:4"], "--setting 64:4: expected LENGTH:PAIRS:COUNT"),
         (["build", "--mqar", "--setting", "64:4:0"], "expected one of at least 1"),
-        (["build", "--mqar", "--setting", "64:40:5"], "at least 4 times the pairs"),
+        (["build", "--mqar", "--setting", "64:40:5"], "the length must be at least 160"),
         (["build", "--mqar", "--setting", "64:4:5", "--input", "x"], "--input has no meaning for recall"),
         (["build", "--mqar", "--setting", "64:4:5", "--shard-mib", "0"], "--shard-mib 0"),
         (["build", "--input", "austen:val", "--vocab-size", "5"], "--vocab-size has no meaning for text"),

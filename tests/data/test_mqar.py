@@ -164,7 +164,7 @@ def test_published_settings() -> None:
         ({"settings": ()}, "settings is empty"),
         (
             {"settings": (MQARSetting(15, 4),)},
-            "length 15 with 4 pairs: the length must be at least 4 times the pairs, 16",
+            "length 15 with 4 pairs: the length must be at least 16",
         ),
         ({"settings": (MQARSetting(1, 4),), "form": "seq2seq"}, "needs room for the beginning and one query"),
         ({"settings": (MQARSetting(64, 9),), "vocab_size": 48}, "has only 8 keys, expected at least 50"),
