@@ -17,7 +17,7 @@ from slotmamba_data.errors import InputError
 from slotmamba_data.files import sha256_hex
 from slotmamba_data.packing import Row
 from slotmamba_data.row_source import Contents
-from slotmamba_data.schedule import Piece, Schedule, mixture, spliced
+from slotmamba_data.schedule import Era, Piece, Turns, mixture
 from slotmamba_data.shard_rows import Reading
 from slotmamba_data.sources import Source, open_source
 
@@ -54,6 +54,7 @@ class Plan:
         seq_len: tokens of a row.
         seed: of all orders and samples.
         vocab_size: every token of every source is below.
+        turns: which source each row is of, and where its weights come from.
         tokenizers: digests of the tokenizers of its text; one, or none when there is no text.
         components: name and digest (or value) of everything that decides the rows but for the weights.
         fingerprint: SHA-256 over the components.
@@ -69,7 +70,7 @@ class Plan:
         self.seq_len = seq_len
         self.seed = seed
         self._split, self._reading = split, reading
-        self._schedule = Schedule(_mixture(sources))
+        self.turns = Turns([Era(0, tuple(_mixture(sources)))])
         self._rows = [open_source(source, index, seq_len, seed, split, reading) for index, source in enumerate(sources)]
         self.vocab_size = max(rows.vocab_size for rows in self._rows)
         self.tokenizers = frozenset(rows.tokenizer for rows in self._rows if rows.tokenizer is not None)
@@ -94,7 +95,7 @@ class Plan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Other processes open it for themselves."""
-        arguments = self.sources, self.seq_len, self.seed, self._split, self._reading, self.weights
+        arguments = self.sources, self.seq_len, self.seed, self._split, self._reading, self.turns.eras
         return _reopened, arguments
 
     def __getitem__(self, number: int) -> Row:
@@ -112,18 +113,13 @@ class Plan:
         """The index of the source of row `number`, and the number of the row within that source."""
         if number < 0:
             raise IndexError(f"row {number}: rows are numbered from 0")
-        return self._schedule.locate(number)
+        return self.turns.locate(number)
 
-    @property
-    def weights(self) -> list[Piece]:
-        """The weights of the sources, and from which rows on they hold."""
-        return list(self._schedule.pieces)
-
-    def with_weights(self, pieces: Sequence[Piece]) -> Plan:
-        """The same plan, whose sources take turns by other weights. It shares the open files with this one."""
+    def with_turns(self, turns: Turns) -> Plan:
+        """The same plan, whose sources take other turns. It shares the open files with this one."""
         plan = object.__new__(type(self))
         plan.__dict__.update(self.__dict__)
-        plan._schedule = Schedule(pieces)
+        plan.turns = turns
         return plan
 
     def ends(self) -> tuple[int, str] | None:
@@ -134,7 +130,7 @@ class Plan:
         ends = []
         for index, (source, rows) in enumerate(zip(self.sources, self._rows, strict=True)):
             epoch = rows.rows_per_epoch() if source.on_exhausted == "stop" else None
-            row = None if epoch is None else self._schedule.position(index, epoch)
+            row = None if epoch is None else self.turns.position(index, epoch)
             if row is not None:
                 ends.append((row, source.name))
         return min(ends, default=None)
@@ -145,7 +141,7 @@ class Plan:
 
     def describe(self) -> tuple[SourceReport, ...]:
         """What each source holds, and its share of the rows."""
-        weights = self._schedule.pieces[0].weights
+        weights = self.turns.eras[0].pieces[0].weights
         return tuple(
             SourceReport(source.name, source.kind, weight / sum(weights), rows.contents())
             for source, rows, weight in zip(self.sources, self._rows, weights, strict=True)
@@ -153,7 +149,7 @@ class Plan:
 
     def progress(self, rows: int) -> dict[str, SourceProgress]:
         """How far each source is after `rows` >= 1 rows."""
-        counts = self._schedule.counts(rows)
+        counts = self.turns.counts(rows)
         return {
             source.name: SourceProgress(count / rows, own.epochs(count))
             for source, own, count in zip(self.sources, self._rows, counts, strict=True)
@@ -183,9 +179,9 @@ def _mixture(sources: Sequence[Source]) -> list[Piece]:
 
 
 def _reopened(
-    sources: Sequence[Source], seq_len: int, seed: int, split: str, reading: Reading, weights: Sequence[Piece]
+    sources: Sequence[Source], seq_len: int, seed: int, split: str, reading: Reading, eras: Sequence[Era]
 ) -> Plan:
-    return Plan(sources, seq_len, seed, split, reading).with_weights(weights)
+    return Plan(sources, seq_len, seed, split, reading).with_turns(Turns(eras))
 
 
 def open_plan(
@@ -262,7 +258,10 @@ class PlanReader:
         return {
             "seed": self.plan.seed,
             "samples_consumed": self.samples_consumed,
-            "weights": [[piece.first, list(piece.weights)] for piece in self.plan.weights],
+            "weights": [
+                [era.first, [[piece.first, list(piece.weights)] for piece in era.pieces]]
+                for era in self.plan.turns.eras
+            ],
             "fingerprint": self.plan.fingerprint,
             "components": dict(self.plan.components),
         }
@@ -278,5 +277,7 @@ class PlanReader:
         """
         check_fingerprint(state, plan)
         consumed = state["samples_consumed"]
-        past = [Piece(first, tuple(weights)) for first, weights in state["weights"]]
-        return cls(plan.with_weights(spliced(past, plan.weights, consumed)), consumed)
+        before = Turns(
+            [Era(row, tuple(Piece(first, tuple(weights)) for first, weights in era)) for row, era in state["weights"]]
+        )
+        return cls(plan.with_turns(before.followed_by(plan.turns.eras[-1].pieces, consumed)), consumed)

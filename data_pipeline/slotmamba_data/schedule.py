@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 _UNIT = 2**64  # shares are counted in units of 1 / 2^64: whole numbers, so nothing drifts
+_ENDLESS = 2**200  # items, by which a choice of any weight has had its turns or has none left
 RAMP_PIECES = 100  # a weight that changes linearly does so in so many steps
 
 
@@ -99,8 +100,7 @@ class Schedule:
 
     def position(self, choice: int, turn: int) -> int | None:
         """The item at which `choice` has its turn number `turn` >= 0, None when it never comes."""
-        last = self.pieces[-1]
-        if self.counts(last.first)[choice] <= turn and not last.weights[choice]:
+        if self.counts(_ENDLESS)[choice] <= turn:
             return None
         past = 1
         while self.counts(past)[choice] <= turn:
@@ -193,13 +193,67 @@ def _weight(weight: float, changes: Sequence[WeightChange], first: int, past: in
     return weight
 
 
-def spliced(past: Sequence[Piece], future: Sequence[Piece], item: int) -> list[Piece]:
-    """The pieces of `past` for the items before `item`, those of `future` from there on."""
-    kept = [piece for piece in past if piece.first < item]
-    current = [piece for piece in future if piece.first <= item][-1]
-    return _merged([*kept, Piece(item, current.weights), *(piece for piece in future if piece.first > item)])
-
-
 def _merged(pieces: Sequence[Piece]) -> list[Piece]:
     """Without pieces that only repeat the weights before them."""
     return [piece for number, piece in enumerate(pieces) if not number or piece.weights != pieces[number - 1].weights]
+
+
+@dataclass(frozen=True)
+class Era:
+    """From row `first` on the weights are those of `pieces`, whose rows count from the beginning of the plan."""
+
+    first: int
+    pieces: tuple[Piece, ...]
+
+
+class Turns:
+    """The turns of a plan's sources: one schedule, or several where the weights were changed while a run went on.
+
+    A schedule looks at what is due next, so its past would change with its future. At such a change a new one starts,
+    and what a source had before is counted. Each adds its own half items of error, no more.
+    """
+
+    def __init__(self, eras: Sequence[Era]) -> None:
+        assert eras and eras[0].first == 0
+        self.eras = tuple(eras)
+        self._firsts = [era.first for era in eras]
+        self._schedules = [Schedule(_from(era.first, era.pieces)) for era in eras]
+        self._before = [[0] * self._schedules[0].choices]  # of each source, at the start of each era
+        for schedule, (era, later) in zip(self._schedules, itertools.pairwise(eras), strict=False):
+            self._before.append(_added(self._before[-1], schedule.counts(later.first - era.first)))
+
+    def followed_by(self, pieces: Sequence[Piece], row: int) -> Turns:
+        """The same turns before `row`, and those of `pieces` from there on, if they are others."""
+        if self.eras[-1].pieces == tuple(pieces):
+            return self
+        kept = [era for era in self.eras if era.first < row]
+        return Turns([*kept, Era(row, tuple(pieces))])
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """The source of row `row` >= 0, and how many rows it had before."""
+        era = bisect_right(self._firsts, row) - 1
+        source, turn = self._schedules[era].locate(row - self._firsts[era])
+        return source, self._before[era][source] + turn
+
+    def counts(self, rows: int) -> list[int]:
+        """How many of the first `rows` rows each source has."""
+        era = bisect_right(self._firsts, rows) - 1
+        return _added(self._before[era], self._schedules[era].counts(rows - self._firsts[era]))
+
+    def position(self, source: int, turn: int) -> int | None:
+        """The row at which `source` has its turn number `turn` >= 0, None when it never comes."""
+        for era, first in enumerate(self._firsts):
+            if era + 1 == len(self._firsts) or self._before[era + 1][source] > turn:
+                row = self._schedules[era].position(source, turn - self._before[era][source])
+                return None if row is None else first + row
+        raise AssertionError
+
+
+def _from(row: int, pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces from `row` on, which counts as item 0."""
+    current = [piece for piece in pieces if piece.first <= row][-1]
+    return [Piece(0, current.weights), *(Piece(each.first - row, each.weights) for each in pieces if each.first > row)]
+
+
+def _added(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    return [one + other for one, other in zip(left, right, strict=True)]
