@@ -45,6 +45,13 @@ class MQARSetting:
         passes = f"_passes{self.passes}" if self.passes > 1 else ""
         return f"{self.length}x{self.pairs}{updates}{passes}"
 
+    @property
+    def title(self) -> str:
+        """The same in words."""
+        updates = f", {self.updates} written again" if self.updates else ""
+        passes = f", {self.passes} passes" if self.passes > 1 else ""
+        return f"{self.length} tokens, {self.pairs} pairs{updates}{passes}"
+
 
 @dataclass(frozen=True)
 class MQARSpec:
