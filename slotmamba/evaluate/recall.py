@@ -179,7 +179,7 @@ def evaluate(
 
 def _special(recipe: Recipe, spec: MQARSpec) -> list[MQARSetting]:
     """The run's settings with updates or several passes, of sources whose samples are otherwise those of `spec`."""
-    found = {}
+    found: dict[str, MQARSetting] = {}
     for source in (*recipe.data.validation, *recipe.data.sources):
         if source.kind == "mqar" and replace(own := _source_spec(source), settings=spec.settings) == spec:
             special = (setting for setting in own.settings if setting.updates or setting.passes > 1)
