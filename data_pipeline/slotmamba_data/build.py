@@ -141,5 +141,5 @@ def _write_samples(writer: ShardWriter, spec: MQARSpec, setting: MQARSetting, nu
             samples.tokens[row],
             labels=samples.labels[row],
             encoder=None if samples.encoder is None else samples.encoder[row],
-            meta={"length": setting.length, "pairs": setting.pairs, "sample": int(number)},
+            meta={"source": f"{setting.length}:{setting.pairs}", "sample": int(number)},
         )
