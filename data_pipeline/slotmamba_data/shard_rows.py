@@ -99,7 +99,7 @@ class ShardRows:
         self._epoch = functools.lru_cache(maxsize=2)(self._order)
         self._shuffled = functools.lru_cache(maxsize=2)(self._shuffle)
         if not manifest.tokens:
-            raise InputError(f"{folder.path} holds no token")
+            raise InputError(f"{folder.location} holds no token")
         self.vocab_size = manifest.vocab_size
         self.tokenizer = manifest.tokenizer
         self.encoder_length: int | None = None
@@ -122,7 +122,7 @@ class ShardRows:
         longest = max(int(index.counts.max(initial=0)) for index in indexes)
         if longest > self._seq_len:
             raise InputError(
-                f"{self._folder.path} has samples of {longest} tokens, which do not fit rows of {self._seq_len}"
+                f"{self._folder.location} has samples of {longest} tokens, which do not fit rows of {self._seq_len}"
             )
         if self._seq2seq:
             encoders = [index.encoder_counts for index in indexes if index.encoder_counts is not None]
@@ -231,7 +231,7 @@ class ShardRows:
     def origin(self, part: DocumentPart) -> str:
         shard = int(np.searchsorted(self._first, part.document, side="right")) - 1
         name = self._folder.manifest.shards[shard].name
-        return f"{self._folder.path / name}, document {part.document - int(self._first[shard])} of the shard"
+        return f"{self._folder.where(name)}, document {part.document - int(self._first[shard])} of the shard"
 
     def close(self) -> None:
         self._folder.close()

@@ -72,10 +72,11 @@ def open_source(source: Source, index: int, seq_len: int, seed: int, split: str,
         if source.mqar is not None:
             return GeneratedRecall(source.mqar, index, seq_len, seed, stream)
         assert source.shards is not None
-        folder = ShardFolder(source.shards)
+        # Where one group ends and the next begins, both are in use.
+        folder = ShardFolder(source.shards, kept_open=2 * reading.shuffle_shards)
         if folder.manifest.kind != source.kind:
             raise InputError(
-                f"{folder.path} holds data of kind {folder.manifest.kind}, the source is of kind {source.kind}"
+                f"{folder.location} holds data of kind {folder.manifest.kind}, the source is of kind {source.kind}"
             )
         return ShardRows(folder, index, seq_len, seed, stream, reading)
     except InputError as error:
