@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -91,14 +91,15 @@ class RowCounts:
         return cls(*map(int, world.sum(torch.tensor(counts).sum(0))))
 
 
-def plan_source(config: SourceConfig) -> Source:
-    """A recipe's source as the data plan takes it, with the weight that it starts with."""
+def plan_source(config: SourceConfig, changes: tuple[WeightChange, ...] = ()) -> Source:
+    """A recipe's source as the data plan takes it; its changes of weight are given in rows."""
     return Source(
         name=config.name,
         kind=config.kind,
         weight=config.weight,
         shards=config.shards,
         mqar=None if config.mqar is None else config.mqar.spec,
+        changes=changes,
         on_exhausted=config.on_exhausted,
     )
 
@@ -108,22 +109,21 @@ def plan_reading(data: DataConfig) -> Reading:
     return Reading(data.packing, data.shuffle_shards, data.on_corrupt)
 
 
-def training_plan(recipe: Recipe) -> Plan:
-    """The plan of a recipe's training rows.
+def training_plan(recipe: Recipe, step: int = 0, row: int = 0) -> Plan:
+    """The plan of a recipe's training rows, for a run whose step number `step` begins with row `row`.
 
     Raises:
         InputError: as `open_plan`.
     """
-    sources = [
-        replace(
-            plan_source(config),
-            changes=tuple(
-                WeightChange(change.step * recipe.rows_per_step, change.weight, change.linear)
-                for change in config.weight_changes
-            ),
-        )
-        for config in recipe.data.sources
-    ]
+
+    def first_row(other: int) -> int:
+        """The row that step `other` begins with; the steps before `step` are taken to have had equally many."""
+        return row + (other - step) * recipe.rows_per_step if other > step else row * other // step
+
+    sources = []
+    for config in recipe.data.sources:
+        changes = (WeightChange(first_row(each.step), each.weight, each.linear) for each in config.weight_changes)
+        sources.append(plan_source(config, tuple(changes)))
     return open_plan(sources, recipe.data.seq_len, recipe.seed, reading=plan_reading(recipe.data))
 
 

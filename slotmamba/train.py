@@ -116,6 +116,10 @@ class Trainer:
         self.saved = self.step, False
         if not progress:  # a seed checkpoint
             return
+        consumed = progress["data"]["samples_consumed"]
+        if consumed != self.step * self.recipe.rows_per_step:  # the size of the batch was changed
+            self.plan.close()
+            self.plan = training_plan(self.recipe, self.step, consumed)
         self.reader = PlanReader.from_state(self.plan, progress["data"])
         self.plan = self.reader.plan
         self.labelled_tokens = progress["labelled_tokens"]
