@@ -33,9 +33,9 @@ from slotmamba.schedule import learning_rate
 from slotmamba.signals import StopFlag
 from slotmamba.tracking import Tracker
 from slotmamba.world import World, joined
-from slotmamba_data import PlanReader, Tokenizer
+from slotmamba_data import PlanReader
 from slotmamba_data.files import write_file
-from slotmamba_data.tokenizer_file import MODEL_NAME
+from slotmamba_data.tokenizer_file import find_tokenizer, tokenizer_name
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,8 @@ class Trainer:
             return
         save_recipe(self.recipe, self.run_dir / "recipe.yaml")
         if self.recipe.data.tokenizer is not None:
-            write_file(self.run_dir / MODEL_NAME, Tokenizer(self.recipe.data.tokenizer).path.read_bytes())
+            tokenizer = find_tokenizer(self.recipe.data.tokenizer)
+            write_file(self.run_dir / tokenizer_name(tokenizer), tokenizer.read_bytes())
         write_json(self.run_dir / "environment.json", describe_environment())
         with closing(MetricsLog(self.run_dir / "metrics.jsonl")) as self.metrics:
             self.metrics.truncate_after(self.step, repeated="validation" if self.validation_due else None)

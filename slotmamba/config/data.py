@@ -100,7 +100,9 @@ class SourceConfig(Section):
 
 class DataConfig(Section):
     seq_len: int = Field(1024, ge=1, description="Tokens of a row.")
-    tokenizer: str | None = Field(None, description="Sentencepiece model that made the shards; `generate` needs it.")
+    tokenizer: str | None = Field(
+        None, description="Sentencepiece model or tokenizer.json that made the shards; `generate` needs it."
+    )
     packing: Literal["concat", "best_fit"] = Field(
         "concat",
         description="`concat`: documents one after the other, cut at row ends; `best_fit`: documents whole where a row "
