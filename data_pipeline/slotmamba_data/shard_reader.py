@@ -8,7 +8,7 @@ import io
 import json
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -168,6 +168,10 @@ class ShardFolder:
         place = document - int(index.sample_documents[sample] - index.columns["documents"][sample])
         return {**known["all"], **{name: values[place] for name, values in known["each"].items()}}
 
+    def expect(self, shards: Sequence[int]) -> None:
+        """Say that all of these shards are read soon, in any order: remote ones are fetched in the background."""
+        self._store.expect([self.manifest.shards[shard] for shard in shards])
+
     def _shard(self, number: int) -> _Shard:
         """The open shard; the longest unused one is closed when there are too many."""
         shard = self._shards.get(number)
@@ -306,7 +310,7 @@ class _Shard:
     def _damage(self, byte: int, ends: bool, document: int, first: int) -> str:
         what = f"read for document {self._first_document + document} at byte {first}"
         if ends:
-            return f"shard {self._where} ends at byte {byte}: it was truncated since it was opened; {what}"
+            return f"shard {self._where} ends at byte {byte}: it was truncated; {what}"
         return f"shard {self._where} is damaged between {self._block(byte)}, {what}; build the folder again"
 
     def _block(self, byte: int) -> str:

@@ -63,6 +63,10 @@ class Store(Protocol):
         """Opens a shard."""
         ...
 
+    def expect(self, entries: Sequence[ShardEntry]) -> None:
+        """Takes the hint that these shards are read soon, all of them."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -142,6 +146,9 @@ class LocalStore:
 
     def open(self, entry: ShardEntry) -> LocalFile:
         return LocalFile(self._folder / entry.name)
+
+    def expect(self, entries: Sequence[ShardEntry]) -> None:
+        """The page cache needs no hint."""
 
     def close(self) -> None:
         """Nothing is kept open."""

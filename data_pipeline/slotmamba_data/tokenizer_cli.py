@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slotmamba_data.build_cli import INPUT_HELP
 from slotmamba_data.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 _SENTENCES = 1_000_000
 
 
-def add_tokenizer_command(commands: argparse._SubParsersAction[Any], input_help: str) -> None:
+def add_tokenizer_command(commands: argparse._SubParsersAction[Any]) -> None:
     """Add `tokenizer`, whose handler raises InputError for what the user can correct."""
     parser = commands.add_parser(
         "tokenizer",
@@ -36,7 +37,7 @@ def add_tokenizer_command(commands: argparse._SubParsersAction[Any], input_help:
         "--import", dest="imported", type=Path, metavar="FILE", help="take this one instead of training"
     )
     training = parser.add_argument_group("training")
-    training.add_argument("--input", nargs="+", action="extend", metavar="FILE", help=input_help)
+    training.add_argument("--input", nargs="+", action="extend", metavar="FILE", help=INPUT_HELP)
     training.add_argument(
         "--weights",
         nargs="+",

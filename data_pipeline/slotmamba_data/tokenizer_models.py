@@ -91,7 +91,7 @@ class HuggingFaceModel:
             import tokenizers
         except ModuleNotFoundError as error:
             raise InputError(
-                f"tokenizer {path} needs the package tokenizers: pip install 'slotmamba[tokenizers]'"
+                f"tokenizer {path} needs the package tokenizers: pip install 'slotmamba[data]'"
             ) from error
         try:
             settings = json.loads(content)

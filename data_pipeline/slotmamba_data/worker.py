@@ -1,0 +1,101 @@
+"""A process that answers requests, and ends with the one that started it."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
+from typing import Any
+
+Handler = Callable[[Any], Iterable[Any]]
+"""Answers one request with one message or several, the last of which says that it is the last by what it is."""
+
+
+class Worker:
+    """A worker process.
+
+    It is started anew and not forked: a copy of a process with threads, locks and a GPU may not work.
+
+    Args:
+        name: of the worker in errors.
+        make_handler: makes its handler, in the worker; can be pickled, and so can requests and messages.
+    """
+
+    def __init__(self, name: str, make_handler: Callable[[], Handler]) -> None:
+        self._name = name
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make_handler), name=name, daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def send(self, request: Any) -> None:
+        """Hand over a request; they are answered in order.
+
+        Raises:
+            ChildProcessError: the worker is dead.
+        """
+        try:
+            self.connection.send(request)
+        except OSError as error:
+            raise self._died() from error
+
+    def receive(self) -> Any:
+        """The next message, as soon as there is one.
+
+        Raises:
+            ChildProcessError: the worker died.
+            Exception: what the handler raised, with the worker's traceback as a note.
+        """
+        try:
+            failed, message = self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._died() from error
+        if failed:
+            raise message
+        return message
+
+    def _died(self) -> ChildProcessError:
+        self._process.join(5)
+        code = self._process.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
+        return ChildProcessError(f"{self._name} {how}; is there enough memory?")
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self.connection.close()
+        self._process.terminate()
+        self._process.join()
+
+
+def _serve(connection: Connection, make_handler: Callable[[], Handler]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has gone
+        try:
+            handler = make_handler()
+        except Exception as error:
+            connection.send((True, _portable(error)))
+            return
+        while True:
+            request = connection.recv()
+            try:
+                for message in handler(request):
+                    connection.send((False, message))
+            except BrokenPipeError:
+                raise
+            except Exception as error:
+                connection.send((True, _portable(error)))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error with its traceback as a note, or a stand-in where it cannot be pickled."""
+    trace = "".join(traceback.format_exception(error))
+    try:
+        multiprocessing.reduction.ForkingPickler.dumps(error)
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(f"in a worker process:\n{trace}")
+    return error
