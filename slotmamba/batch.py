@@ -16,6 +16,7 @@ from slotmamba.errors import InputError
 from slotmamba.models.slotmamba import IGNORED
 from slotmamba.world import World
 from slotmamba_data import Plan, Reading, Row, Source, Tokenizer, WeightChange, open_plan
+from slotmamba_data.remote import RemoteSettings
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,13 @@ def plan_source(config: SourceConfig, changes: tuple[WeightChange, ...] = ()) ->
 
 def plan_reading(data: DataConfig) -> Reading:
     """How a recipe's rows are made of shards."""
-    return Reading(data.packing, data.shuffle_shards, data.on_corrupt)
+    remote = RemoteSettings(
+        cache=data.remote.cache,
+        cache_bytes=int(data.remote.cache_gib * 2**30),
+        attempts=data.remote.attempts,
+        timeout=data.remote.timeout,
+    )
+    return Reading(data.packing, data.shuffle_shards, data.on_corrupt, remote)
 
 
 def training_plan(recipe: Recipe, step: int = 0, row: int = 0) -> Plan:

@@ -7,7 +7,7 @@ import logging
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from slotmamba_data.packing import DocumentPart, Row, RowPacker
 from slotmamba_data.randomness import derive_key, permutation
 from slotmamba_data.row_source import Contents
 from slotmamba_data.shard_reader import ShardFolder
+
+if TYPE_CHECKING:
+    from slotmamba_data.remote import RemoteSettings
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class Reading:
             Recall samples are always whole, beside others of their length.
         shuffle_shards: size of the groups of shards within which documents and rows are shuffled.
         on_corrupt: `error`, or `skip`: what cannot be read is left out of its row.
+        remote: how shards behind a URL are read.
 
     Raises:
         InputError: a group of no shards.
@@ -43,6 +47,7 @@ class Reading:
     packing: Packing = "concat"
     shuffle_shards: int = SHUFFLE_SHARDS
     on_corrupt: OnCorrupt = "error"
+    remote: RemoteSettings | None = None
 
     def __post_init__(self) -> None:
         if self.shuffle_shards < 1:
@@ -191,6 +196,7 @@ class ShardRows:
 
     def _shuffle(self, epoch: int, group: int) -> _Shuffled:
         key = self._seed, self._stream, epoch, group
+        self._folder.expect(self._groups[group].tolist())
         counts = self._counts(group)
         layout = self._laid_out(counts, permutation(derive_key("documents", *key), len(counts)))
         return _Shuffled(layout, permutation(derive_key("rows", *key), layout.rows))

@@ -24,7 +24,7 @@ class Source:
         name: name in logs; also part of the seed of everything drawn for the source.
         kind: `lm` or `mqar`.
         weight: share of the rows, and so of the tokens, relative to the other sources.
-        shards: folder written by `slotmamba data build`.
+        shards: folder written by `slotmamba data build`, or its URL.
         mqar: generated samples instead.
         changes: how the weight changes later, at rising rows of the plan.
         on_exhausted: after an epoch `repeat` in a new order, or `stop`: the plan ends before the first row of another.
@@ -73,7 +73,7 @@ def open_source(source: Source, index: int, seq_len: int, seed: int, split: str,
             return GeneratedRecall(source.mqar, index, seq_len, seed, stream)
         assert source.shards is not None
         # Where one group ends and the next begins, both are in use.
-        folder = ShardFolder(source.shards, kept_open=2 * reading.shuffle_shards)
+        folder = ShardFolder(source.shards, remote=reading.remote, kept_open=2 * reading.shuffle_shards)
         if folder.manifest.kind != source.kind:
             raise InputError(
                 f"{folder.location} holds data of kind {folder.manifest.kind}, the source is of kind {source.kind}"

@@ -90,9 +90,7 @@ class HuggingFaceModel:
         try:
             import tokenizers
         except ModuleNotFoundError as error:
-            raise InputError(
-                f"tokenizer {path} needs the package tokenizers: pip install 'slotmamba[data]'"
-            ) from error
+            raise InputError(f"tokenizer {path} needs the package tokenizers: pip install 'slotmamba[data]'") from error
         try:
             settings = json.loads(content)
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from slotmamba_data.errors import InputError
-from slotmamba_data.text import open_text
+from slotmamba_data.text import BadDocument, TextOptions, TextReader
 from slotmamba_data.tokenizer import Tokenizer
 
 MEASURED_BYTES = 1024 * 1024  # of each source, from its beginning
@@ -101,7 +101,9 @@ def measure(tokenizer: Tokenizer, inputs: Sequence[str | Path], limit: int | Non
 
 
 def documents(inputs: Sequence[str | Path]) -> Iterable[tuple[str, str]]:
-    """The documents of all inputs, each with the name of its source."""
+    """The documents of all inputs, each with its source: the field `source` where there is one, else the input."""
     for spec in inputs:
-        for text in open_text(spec):
-            yield str(spec), text
+        for document in TextReader(str(spec), TextOptions()):
+            if isinstance(document, BadDocument):
+                raise InputError(document.message)
+            yield document.source, document.text

@@ -64,7 +64,7 @@ class SourceConfig(Section):
         "lm", description="`lm`: shards of tokenised text; `mqar`: synthetic recall, generated or from shards."
     )
     shards: str | None = Field(
-        None, description="Folder written by `slotmamba data build`; not needed for generated mqar."
+        None, description="Folder written by `slotmamba data build`, or its URL; not needed for generated mqar."
     )
     weight: float = Field(1.0, ge=0, description="Share of the tokens, relative to the other sources.")
     weight_changes: list[WeightChange] = Field(
@@ -98,6 +98,15 @@ class SourceConfig(Section):
         return self
 
 
+class RemoteConfig(Section):
+    cache: str | None = Field(
+        None, description="Folder for what was fetched; null is one for this user in the folder for temporary files."
+    )
+    cache_gib: float = Field(32.0, gt=0, description="How large it may become, in GiB; processes share it.")
+    attempts: int = Field(10, ge=1, description="Tries of a request, with growing waits, before it is an error.")
+    timeout: float = Field(30.0, gt=0, description="Seconds without any data after which a request has failed.")
+
+
 class DataConfig(Section):
     seq_len: int = Field(1024, ge=1, description="Tokens of a row.")
     tokenizer: str | None = Field(
@@ -118,6 +127,7 @@ class DataConfig(Section):
     on_corrupt: Literal["error", "skip"] = Field(
         "error", description="Documents that cannot be read: an `error`, or `skip` and count them."
     )
+    remote: RemoteConfig = Field(RemoteConfig(), description="How shards behind a URL are read.")
     sources: list[SourceConfig] = Field(min_length=1, description="Training sources and their weights.")
     validation: list[SourceConfig] = Field([], description="Validation sources, each evaluated on its own.")
 

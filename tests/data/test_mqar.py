@@ -1,12 +1,24 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 
-from slotmamba_data import PUBLISHED_TEST, PUBLISHED_TRAIN, MQARSamples, MQARSetting, MQARSpec, generate_mqar
+from slotmamba_data import (
+    PUBLISHED_TEST,
+    PUBLISHED_TRAIN,
+    MQARSamples,
+    MQARSetting,
+    MQARSpec,
+    Plan,
+    Source,
+    build_mqar,
+    generate_mqar,
+    open_plan,
+)
 from slotmamba_data.mqar import BOS, EOS, IGNORE
 from slotmamba_data.mqar_spec import FIRST_FILLER, FIRST_KEY
 
@@ -247,3 +259,28 @@ def test_special_settings_leave_the_plain_samples_as_they_were() -> None:
 def test_special_settings_that_cannot_be(setting: MQARSetting, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MQARSpec((setting,), vocab_size=72 if setting.pairs == 20 else 4096)
+
+
+@pytest.mark.parametrize("form", ["decoder", "seq2seq"])
+def test_shards_hold_the_samples_of_the_source_of_that_name(tmp_path: Path, form: Any) -> None:
+    """Generated on the fly or stored, sample i of a setting is the same for the same seed and stream."""
+    settings = (MQARSetting(20, 3), MQARSetting(20, 3, updates=2), MQARSetting(32, 3, passes=2))
+    spec = MQARSpec(settings, vocab_size=128, form=form)
+    build_mqar(spec, [30, 20, 10], tmp_path, seed=4, stream="train/recall")
+    stored = open_plan([Source("stored", "mqar", shards=tmp_path)], 32, seed=9)
+    fly = open_plan([Source("recall", "mqar", mqar=spec)], 32, seed=4)
+
+    def samples(plan: Plan, rows: int) -> dict[bytes, bytes]:
+        found = {}
+        for number in range(rows):
+            row = plan[number]
+            for start in sorted(set(row.doc_start[row.valid].tolist())):
+                own = (row.doc_start == start) & row.valid
+                encoder = b"" if row.encoder_tokens is None else row.encoder_tokens[row.encoder_valid].tobytes()
+                found[encoder + row.tokens[own].tobytes()] = row.labels[own].tobytes()
+        return found
+
+    there = samples(stored, stored.describe()[0].contents.rows_per_epoch)
+    assert len(there) == 60
+    made = samples(fly, 200)
+    assert there.items() <= made.items()
