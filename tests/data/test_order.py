@@ -29,6 +29,7 @@ from slotmamba_data import (
     WeightChange,
     open_plan,
 )
+from slotmamba_data.shards import Shard
 
 ROWS = 24  # of a global batch: every number of processes below divides it
 WORLDS = (1, 2, 3, 8)
@@ -47,6 +48,16 @@ def corpus(folder: Path, lengths: Sequence[int], shard_bytes: int = 6000, seed: 
         for document in documents:
             writer.add(document)
     return documents
+
+
+def add_empty_shards(folder: Path, places: Sequence[int]) -> None:
+    """Put shards without documents among the shards of a folder."""
+    manifest = ShardFolder(folder).manifest
+    shards = list(manifest.shards)
+    for number, place in enumerate(places):
+        name = f"{9000 + number:06d}"
+        shards.insert(place, Shard(folder / f"shard-{name}.tar", name).finish())
+    replace(manifest, shards=tuple(shards)).write(folder)
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +208,8 @@ def test_a_group_of_shards_is_read_at_a_time(folders: dict[str, Path]) -> None:
 def mixtures(draw: st.DrawFn) -> dict[str, Any]:
     """Any corpora and any mixture of them."""
     row = draw(st.integers(1, 30))
-    length = st.one_of(st.just(1), st.integers(1, 5), st.integers(1, 80), st.just(100 * row))
-    corpora = draw(st.lists(st.lists(length, min_size=1, max_size=25), min_size=1, max_size=4))
+    length = st.one_of(st.just(0), st.just(1), st.integers(1, 5), st.integers(1, 80), st.just(100 * row))
+    corpora = draw(st.lists(st.lists(length, max_size=25).filter(any), min_size=1, max_size=4))
     return {
         "row": row,
         "corpora": corpora,
@@ -206,6 +217,7 @@ def mixtures(draw: st.DrawFn) -> dict[str, Any]:
         "change": draw(st.integers(1, 60)),
         "reading": Reading(draw(st.sampled_from(["concat", "best_fit"])), draw(st.integers(1, 5))),
         "seed": draw(st.integers(0, 3)),
+        "empty": draw(st.lists(st.integers(0, 3), max_size=3)),
         "shard_bytes": draw(st.sampled_from([1, 4000, 10**6])),
         "stops": draw(st.lists(st.integers(1, 60), max_size=4)),
     }
@@ -219,6 +231,8 @@ def test_any_mixture_of_any_corpora(case: dict[str, Any], tmp_path_factory: pyte
         corpus(folder / str(number), lengths, case["shard_bytes"], number)
         for number, lengths in enumerate(case["corpora"])
     ]
+    for number in range(len(documents)):
+        add_empty_shards(folder / str(number), case["empty"])
     sources = [
         Source(str(number), weight=weight, shards=folder / str(number), changes=(WeightChange(case["change"], 1.0),))
         for number, weight in enumerate(case["weights"])
