@@ -136,6 +136,7 @@ def build_mqar(
     output: Path,
     *,
     seed: int = 0,
+    stream: str = "build",
     shard_bytes: int = SHARD_BYTES,
     workers: int = 1,
     overwrite: bool = False,
@@ -148,6 +149,7 @@ def build_mqar(
         counts: samples of each setting, in order.
         output: folder of the shards.
         seed: of the samples.
+        stream: name that separates sets of samples of the same seed; that of a plan's generated source is SPLIT/NAME.
         shard_bytes: size at which a shard is closed.
         workers: processes that make samples.
         overwrite: replace a folder that is complete.
@@ -162,7 +164,7 @@ def build_mqar(
         raise InputError(
             f"counts of samples {list(counts)}: expected one of at least 1 for each of {len(spec.settings)} settings"
         )
-    job = RecallJob.of(spec, counts, seed, _checked(shard_bytes))
+    job = RecallJob.of(spec, counts, seed, stream, _checked(shard_bytes))
     about = {**job.about(), "shard_bytes": shard_bytes}
     plan = _Plan(job, "mqar", spec.form, spec.vocab_size, None, about, about)
     return _build(plan, output, workers, overwrite, display or _Silent(), lambda work, display: None)["train"]

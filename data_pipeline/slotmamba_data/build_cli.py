@@ -65,8 +65,9 @@ def add_build(commands: argparse._SubParsersAction[Any]) -> None:
         "--setting",
         nargs="+",
         action="extend",
-        metavar="LENGTH:PAIRS:COUNT",
-        help="samples to write, e.g. 64:4:1000; repeatable",
+        metavar="LENGTH:PAIRS:COUNT[:UPDATES[:PASSES]]",
+        help="samples to write, e.g. 64:4:1000, or 64:4:1000:2 with 2 keys written again, or 64:4:1000:0:2 with all "
+        "pairs shown twice; repeatable",
     )
     recall.add_argument("--vocab-size", type=int, metavar="N", help="tokens (default: 8192)")
     recall.add_argument(
@@ -77,12 +78,17 @@ def add_build(commands: argparse._SubParsersAction[Any]) -> None:
     )
     recall.add_argument("--power", type=float, help="exponent of the query gaps (default: 0.01)")
     recall.add_argument("--seed", type=int, help="of the samples (default: 0)")
+    recall.add_argument(
+        "--stream",
+        metavar="NAME",
+        help="name of this set (default: build); train/NAME makes the samples of a recipe's generated source NAME",
+    )
     parser.set_defaults(handler=_build)
 
 
 def _build(args: argparse.Namespace) -> int:
     text_only = ("input", "tokenizer", "validation", "document_kib", "text_field", "deduplicate", "skip_bad")
-    recall_only = ("setting", "vocab_size", "form", "fillers", "power", "seed")
+    recall_only = ("setting", "vocab_size", "form", "fillers", "power", "seed", "stream")
     wrong = [name for name in (text_only if args.mqar else recall_only) if getattr(args, name) is not None]
     if wrong:
         what = "recall samples (--mqar)" if args.mqar else "text (without --mqar)"
@@ -133,17 +139,20 @@ def _build_recall(args: argparse.Namespace) -> dict[str, Manifest]:
     chosen = {name: getattr(args, name) for name in ("vocab_size", "form", "fillers", "power")}
     spec = MQARSpec(settings, **{name: value for name, value in chosen.items() if value is not None})
     with _Bar() as bar:
-        return {"recall": build_mqar(spec, counts, args.output, seed=args.seed or 0, display=bar, **_common(args))}
+        named = {} if args.stream is None else {"stream": args.stream}
+        manifest = build_mqar(spec, counts, args.output, seed=args.seed or 0, display=bar, **named, **_common(args))
+        return {"recall": manifest}
 
 
 def _parse_setting(word: str) -> tuple[MQARSetting, int]:
     from slotmamba_data.mqar_spec import MQARSetting
 
     try:
-        length, pairs, count = map(int, word.split(":"))
+        length, pairs, count, *special = map(int, word.split(":"))
+        updates, passes = (*special, *(0, 1)[len(special) :])
     except ValueError as error:
-        raise InputError(f"--setting {word}: expected LENGTH:PAIRS:COUNT, e.g. 64:4:1000") from error
-    return MQARSetting(length, pairs), count
+        raise InputError(f"--setting {word}: expected LENGTH:PAIRS:COUNT[:UPDATES[:PASSES]], e.g. 64:4:1000") from error
+    return MQARSetting(length, pairs, updates=updates, passes=passes), count
 
 
 def _print(manifests: Mapping[str, Manifest]) -> None:

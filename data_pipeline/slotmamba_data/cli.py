@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from slotmamba_data.build_cli import INPUT_HELP, add_build
+from slotmamba_data.build_cli import add_build
 from slotmamba_data.errors import InputError
+from slotmamba_data.tokenizer_cli import add_tokenizer_command
 
 
 def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -17,30 +18,9 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     """
     data = subparsers.add_parser("data", help="tokenizers and shards", description="Make and check training data.")
     commands = data.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
-    _add_tokenizer(commands)
+    add_tokenizer_command(commands)
     add_build(commands)
     _add_inspect(commands)
-
-
-def _add_tokenizer(commands: argparse._SubParsersAction[Any]) -> None:
-    parser = commands.add_parser(
-        "tokenizer", help="train a tokenizer", description="Train a lossless sentencepiece tokenizer."
-    )
-    parser.add_argument("--input", nargs="+", action="extend", required=True, metavar="FILE", help=INPUT_HELP)
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder for tokenizer.model and report.json"
-    )
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="number of tokens")
-    parser.add_argument("--type", choices=("bpe", "unigram"), default="bpe", help="kind of model (default: bpe)")
-    parser.add_argument(
-        "--sentences",
-        type=int,
-        default=1_000_000,
-        metavar="N",
-        help="lines to look at, drawn at random (default: 1000000)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of that draw (default: 0)")
-    parser.set_defaults(handler=_tokenizer)
 
 
 def _add_inspect(commands: argparse._SubParsersAction[Any]) -> None:
@@ -51,25 +31,6 @@ def _add_inspect(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="MODEL", help="print the beginning of a document as text")
     parser.add_argument("--document", type=int, default=0, metavar="N", help="which document to print (default: 0)")
     parser.set_defaults(handler=_inspect)
-
-
-def _tokenizer(args: argparse.Namespace) -> int:
-    from slotmamba_data.tokenizer_training import train_tokenizer
-
-    report = train_tokenizer(
-        args.input,
-        args.output,
-        vocab_size=args.vocab_size,
-        model_type=args.type,
-        input_sentence_size=args.sentences,
-        seed=args.seed,
-    )
-    size = sum(entry.bytes for entry in report.inputs)
-    print(f"corpus      {size:,} bytes, {report.lines:,} lines, sha256 {report.corpus_sha256[:16]}")
-    print(f"split       {report.split_lines:,} long lines; {report.skipped_lines:,} lines skipped")
-    print(f"tokenizer   {args.vocab_size:,} {args.type} tokens, {report.bytes_per_token:.3f} bytes per token")
-    print(f"written to  {args.output}")
-    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:

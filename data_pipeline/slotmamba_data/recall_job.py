@@ -27,19 +27,20 @@ class RecallJob:
     spec: MQARSpec
     counts: tuple[int, ...]
     seed: int
+    stream: str
     shard_bytes: int
     pieces: tuple[tuple[int, int, int], ...]
     unit: ClassVar[str] = " samples"
     splits: ClassVar[tuple[str, ...]] = ("train",)
 
     @classmethod
-    def of(cls, spec: MQARSpec, counts: Sequence[int], seed: int, shard_bytes: int) -> RecallJob:
+    def of(cls, spec: MQARSpec, counts: Sequence[int], seed: int, stream: str, shard_bytes: int) -> RecallJob:
         """The job, with pieces that are a shard each, about."""
         found = []
         for which, (setting, count) in enumerate(zip(spec.settings, counts, strict=True)):
             step = max(1, shard_bytes // (8 * setting.length))
             found += [(which, first, min(first + step, count)) for first in range(0, count, step)]
-        return cls(spec, tuple(counts), seed, shard_bytes, tuple(found))
+        return cls(spec, tuple(counts), seed, stream, shard_bytes, tuple(found))
 
     @property
     def work(self) -> tuple[int, ...]:
@@ -47,7 +48,7 @@ class RecallJob:
 
     def about(self) -> dict[str, Any]:
         """What decides the samples, as JSON values."""
-        return {"spec": asdict(self.spec), "counts": list(self.counts), "seed": self.seed}
+        return {"spec": asdict(self.spec), "counts": list(self.counts), "seed": self.seed, "stream": self.stream}
 
     def read(self, piece: int) -> _RecallReading:
         return _RecallReading(self, piece)
@@ -68,10 +69,10 @@ class _RecallReading:
 
     def __iter__(self) -> Iterator[Item]:
         setting = self._job.spec.settings[self._which]
-        source = f"{setting.length}:{setting.pairs}"
+        source = setting.name
         for first in range(self._first, self._past, _CHUNK):
             numbers = np.arange(first, min(first + _CHUNK, self._past))
-            samples = generate_mqar(self._job.spec, setting, numbers, seed=self._job.seed, stream="build")
+            samples = generate_mqar(self._job.spec, setting, numbers, seed=self._job.seed, stream=self._job.stream)
             for row, number in enumerate(numbers.tolist()):
                 payload = {"tokens": samples.tokens[row], "labels": samples.labels[row]}
                 if samples.encoder is not None:

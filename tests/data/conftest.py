@@ -7,8 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from slotmamba_data import ShardWriter, Tokenizer, build_text, train_tokenizer
+
+# A busy machine is no bug, and the tests leave nothing in the source tree.
+settings.register_profile("suite", deadline=None, database=None, print_blob=True)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ def test_from_text_to_inspected_shards(tmp_path: Path, capsys: pytest.CaptureFix
     assert run("tokenizer", *arguments, "--type", "bpe") == 0
     printed = capsys.readouterr().out
     assert "444,269 bytes" in printed and "0 lines skipped" in printed and "bytes per token" in printed
+    assert "tokens/word" in printed and "\n  austen:val" in printed and "MB of text a second" in printed
     assert json.loads((tmp_path / "tok/report.json").read_text())["inputs"][1]["name"] == "austen:val"
 
     inputs = ("--input", text, "austen:val", "--tokenizer", tmp_path / "tok", "--output", tmp_path / "shards")
@@ -110,11 +111,15 @@ def test_inspect_finds_damage(tmp_path: Path) -> None:
         (["build", "--mqar"], "needs --setting LENGTH:PAIRS:COUNT"),
         (["build", "--mqar", "--setting", "64:4"], "--setting 64:4: expected LENGTH:PAIRS:COUNT"),
         (["build", "--mqar", "--setting", "64:4:0"], "expected one of at least 1"),
-        (["build", "--mqar", "--setting", "64:40:5"], "at least 4 times the pairs"),
+        (["build", "--mqar", "--setting", "64:40:5"], "the length must be at least 160"),
         (["build", "--mqar", "--setting", "64:4:5", "--input", "x"], "--input has no meaning for recall"),
         (["build", "--mqar", "--setting", "64:4:5", "--shard-mib", "0"], "--shard-mib 0"),
         (["build", "--input", "austen:val", "--vocab-size", "5"], "--vocab-size has no meaning for text"),
         (["build", "--input", "austen:val", "--tokenizer", "none.model"], "there is no tokenizer none.model"),
+        (["tokenizer", "--input", "austen:val"], "needs --input and --vocab-size"),
+        (["tokenizer", "--import", "x", "--seed", "1"], "--seed has no meaning with --import"),
+        (["tokenizer", "--import", "x"], "--import needs --validation"),
+        (["tokenizer", "--import", "none.json", "--validation", "austen:val"], "there is no tokenizer none.json"),
         (["tokenizer", "--input", "none.txt", "--vocab-size", "500"], "none.txt does not exist"),
     ],
 )
@@ -122,6 +127,17 @@ def test_wrong_arguments_are_value_errors(tmp_path: Path, words: list[str], mess
     with pytest.raises(ValueError, match=message):
         run(*words, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_import(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("tokenizer", "--import", tokenizer.path, "--validation", "austen:test", "--output", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "tokenizer   700 tokens" in printed and "bytes per token" in printed and "not given back" not in printed
+    assert Tokenizer(tmp_path).digest == tokenizer.digest
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (
+        report["imported_from"] == str(tokenizer.path) and report["measured"]["sources"][0]["source"] == "austen:test"
+    )
 
 
 def test_inspect_wants_the_right_tokenizer(tmp_path: Path, tokenizer: Tokenizer, text_shards: Path) -> None:

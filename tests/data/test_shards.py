@@ -146,8 +146,8 @@ def test_recall_samples_keep_labels_and_encoder(tmp_path: Path) -> None:
             np.testing.assert_array_equal(folder.labels(number), labels)
             np.testing.assert_array_equal(folder.encoder_tokens(number), encoder)
             number += 1
-    assert folder.meta(0, 3) == {"source": "9:5", "sample": 3}
-    assert {name: count.documents for name, count in folder.manifest.sources.items()} == {"9:5": 7, "12:20": 3}
+    assert folder.meta(0, 3) == {"source": "9x5", "sample": 3}
+    assert {name: count.documents for name, count in folder.manifest.sources.items()} == {"9x5": 7, "12x20": 3}
     names = [folder.where(entry.name) for entry in folder.manifest.shards]
     first = next(iter(webdataset.WebDataset(names, shardshuffle=False).decode()))
     np.testing.assert_array_equal(first["encoder.npy"][: first["encoder_ends.npy"][0]], folder.encoder_tokens(0))
