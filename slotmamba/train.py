@@ -35,6 +35,7 @@ from slotmamba.tracking import Tracker
 from slotmamba.world import World, joined
 from slotmamba_data import PlanReader
 from slotmamba_data.files import write_file
+from slotmamba_data.prefetch import PrefetchReader
 from slotmamba_data.tokenizer_file import find_tokenizer, tokenizer_name
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ class Trainer:
         self.saved: tuple[int, bool] | None = None
         self._resume()
         self.total, self.ended_by = self._total_steps()
+        if recipe.data.workers:
+            self.reader = PrefetchReader(self.plan, self.reader.samples_consumed, recipe.data.workers)
 
     def _resume(self) -> None:
         """Goes on from the newest checkpoint, if there is one."""
@@ -174,7 +177,7 @@ class Trainer:
 
     def close(self) -> None:
         self.store.abandon()
-        self.plan.close()
+        self.reader.close()
         self.validation.close()
 
     @contextmanager

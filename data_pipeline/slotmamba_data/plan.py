@@ -258,6 +258,10 @@ class PlanReader:
         self.samples_consumed += rows
         return batch
 
+    def close(self) -> None:
+        """Close the plan's files; reading opens them again."""
+        self.plan.close()
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must keep, JSON values: seed, samples_consumed, weights, fingerprint, components."""
         return {

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
+
+_NOT_FOR_WORKERS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 
 Handler = Callable[[Any], Iterable[Any]]
 """Answers one request with one message or several, the last of which says that it is the last by what it is."""
@@ -21,15 +26,24 @@ class Worker:
 
     Args:
         name: of the worker in errors.
-        make_handler: makes its handler, in the worker; can be pickled, and so can requests and messages.
+        make_handler: makes its handler, in the worker; can be pickled, and so can requests and messages. Where it
+            fails its error answers every request.
     """
 
     def __init__(self, name: str, make_handler: Callable[[], Handler]) -> None:
         self._name = name
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make_handler), name=name, daemon=True)
-        self._process.start()
+        # Unpickled by `_serve`, so that an error there is answered like any other.
+        pickled = bytes(ForkingPickler.dumps(make_handler))
+        self._process = context.Process(target=_serve, args=(theirs, pickled), name=name, daemon=True)
+        # A new process inherits what is blocked. Ctrl-C and a cluster's signals reach all processes of a run, and are
+        # for the parent alone: it may want to finish a step, which takes its workers.
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         theirs.close()
 
     def send(self, request: Any) -> None:
@@ -67,34 +81,34 @@ class Worker:
     def close(self) -> None:
         """End the process, whatever it does."""
         self.connection.close()
-        self._process.terminate()
+        self._process.kill()
         self._process.join()
 
 
-def _serve(connection: Connection, make_handler: Callable[[], Handler]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has gone
-        try:
-            handler = make_handler()
-        except Exception as error:
-            connection.send((True, _portable(error)))
-            return
+def _serve(connection: Connection, make_handler: bytes) -> None:
+    try:
+        handler = pickle.loads(make_handler)()
+    except Exception as error:
+        handler = functools.partial(_fail, error)
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has gone
         while True:
             request = connection.recv()
             try:
                 for message in handler(request):
                     connection.send((False, message))
-            except BrokenPipeError:
-                raise
             except Exception as error:
                 connection.send((True, _portable(error)))
+
+
+def _fail(error: Exception, request: Any) -> Iterable[Any]:
+    raise error
 
 
 def _portable(error: Exception) -> Exception:
     """The error with its traceback as a note, or a stand-in where it cannot be pickled."""
     trace = "".join(traceback.format_exception(error))
     try:
-        multiprocessing.reduction.ForkingPickler.dumps(error)
+        ForkingPickler.dumps(error)
     except Exception:
         error = RuntimeError(f"{type(error).__name__}: {error}")
     error.add_note(f"in a worker process:\n{trace}")

@@ -127,6 +127,13 @@ class DataConfig(Section):
     on_corrupt: Literal["error", "skip"] = Field(
         "error", description="Documents that cannot be read: an `error`, or `skip` and count them."
     )
+    workers: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Processes that read rows ahead, for each training process; 0 reads them when they are due. "
+        "The rows are the same.",
+    )
     remote: RemoteConfig = Field(RemoteConfig(), description="How shards behind a URL are read.")
     sources: list[SourceConfig] = Field(min_length=1, description="Training sources and their weights.")
     validation: list[SourceConfig] = Field([], description="Validation sources, each evaluated on its own.")

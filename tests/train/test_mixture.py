@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -122,3 +123,15 @@ def test_damaged_documents_are_left_out_and_counted(runs: Runs, tmp_path: Path) 
     assert_same_run(tmp_path / "again", tmp_path / "skip")
     counts = [record["skipped_documents"] for record in records(tmp_path / "skip", "train")]
     assert 0 < counts[0] < counts[-1]
+
+
+def test_workers_change_nothing_but_who_reads(runs: Runs, tmp_path: Path) -> None:
+    settings = ["train.steps=8", "train.checkpoint.every=3"]
+    assert train(runs.recipe(tmp_path / "plain", *settings)) == 0
+    assert train(runs.recipe(tmp_path / "ahead", *settings, "data.workers=2")) == 0
+    assert_same_run(tmp_path / "ahead", tmp_path / "plain")
+    for later in ("step-00000006", "step-00000008"):
+        shutil.rmtree(tmp_path / "ahead/checkpoints" / later)
+    assert train(runs.recipe(tmp_path / "ahead", *settings, "data.workers=1")) == 0
+    assert_same_run(tmp_path / "ahead", tmp_path / "plain")
+    assert multiprocessing.active_children() == []
