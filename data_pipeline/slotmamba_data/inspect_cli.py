@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from slotmamba_data.shard_reader import ShardFolder
     from slotmamba_data.tokenizer import Tokenizer
 
+_MEASURED = 4 * 2**20  # tokens
 _SHOWN = 400  # characters of a document, tokens of a recall sample
 
 
@@ -165,9 +166,10 @@ def _inspect_run(args: argparse.Namespace, run: PlannedRun) -> int:
     if args.workers:
         if min(args.workers) < 0:
             raise InputError(f"--workers {min(args.workers)}: expected 0 or more")
-        speeds = throughput(plan, max(64, 2**21 // plan.seq_len), args.workers)
+        batch = max(1, _MEASURED // 16 // plan.seq_len)
+        speeds = throughput(plan, batch, 16, args.workers)
         found["tokens_per_second"] = speeds
-        print("reading: million tokens a second by number of workers, without handing the rows over")
+        print("reading: million tokens a second by number of workers (0: in the training process)")
         for workers, speed in speeds.items():
             print(f"  {workers:>3}  {speed / 1e6:>8.1f}")
         if args.output:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from slotmamba_data.plan import Plan
+from slotmamba_data.plan import Plan, PlanReader
+from slotmamba_data.prefetch import PrefetchReader
 from slotmamba_data.shard_reader import ShardFolder
 
 EARLY_ROWS = 10_000
@@ -118,59 +117,18 @@ def shares_over_time(plan: Plan, rows: int, windows: int = 100) -> tuple[list[in
     return ends, gained / gained.sum(axis=1, keepdims=True)
 
 
-def throughput(plan: Plan, rows: int, workers: Sequence[int], start: int = 0) -> dict[int, float]:
-    """Tokens a second, padding included, at which so many worker processes together make some `rows` rows each, from
-    row `start` on; 0 is this process. What it takes to hand rows over is not in it."""
-    return {
-        count: rows * max(1, count) * plan.seq_len / _seconds(plan, rows, count, start)  # of all of them together
-        for count in workers
-    }
-
-
-def _seconds(plan: Plan, rows: int, workers: int, start: int) -> float:
-    if workers == 0:
-        return _time(plan, range(start, start + rows))
-    return _time_workers(plan, rows, workers, start)
-
-
-def _time(plan: Plan, numbers: range) -> float:
-    plan[numbers.start]  # which shuffles the first group
-    began = time.perf_counter()
-    for number in numbers:
-        plan[number]
-    return time.perf_counter() - began
-
-
-def _time_workers(plan: Plan, rows: int, count: int, start: int) -> float:
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(count + 1)
-    processes = [
-        context.Process(target=_work, args=(plan, range(start + rank * rows, start + (rank + 1) * rows), barrier))
-        for rank in range(count)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        barrier.wait(timeout=300)
-        began = time.perf_counter()
-        barrier.wait(timeout=3600)
-        return time.perf_counter() - began
-    finally:
-        for process in processes:
-            process.join(timeout=30)
-            if process.is_alive():
-                process.kill()
-
-
-def _work(plan: Plan, numbers: range, barrier: Any) -> None:
-    try:
-        plan[numbers.start]
-        barrier.wait(timeout=300)
-        for number in numbers:
-            plan[number]
-        barrier.wait(timeout=3600)
-    except BaseException:
-        barrier.abort()
-        raise
-    finally:
-        plan.close()
+def throughput(plan: Plan, batch: int, batches: int, workers: Sequence[int]) -> dict[int, float]:
+    """Tokens a second, padding included, at which batches of `batch` rows arrive in this process, read by so many
+    workers; 0 reads them here. What they do before the first batch is not counted."""
+    speeds = {}
+    for count in workers:
+        reader = PrefetchReader(plan, 0, count) if count else PlanReader(plan)
+        try:
+            reader.next_batch(batch)
+            began = time.perf_counter()
+            for _ in range(batches):
+                reader.next_batch(batch)
+            speeds[count] = batches * batch * plan.seq_len / (time.perf_counter() - began)
+        finally:
+            reader.close()
+    return speeds
