@@ -209,7 +209,20 @@ def _print_mixture(sources: Sequence[Any]) -> None:
 
     print("sources")
     _print_table(
-        ("name", "kind", "documents", "tokens", "rows/epoch", "padding", "cut", "asked", "first 10k", "run", "epochs"),
+        (
+            "name",
+            "kind",
+            "documents",
+            "tokens",
+            "rows/epoch",
+            "padding",
+            "cut",
+            "asked",
+            "first 10k",
+            "run",
+            "of tokens",
+            "epochs",
+        ),
         [
             (
                 each.name,
@@ -224,6 +237,7 @@ def _print_mixture(sources: Sequence[Any]) -> None:
                 else f"{each.asked[0]:.2%} to {each.asked[1]:.2%}",
                 share(each.realised[0]),
                 share(each.realised[1]),
+                share(each.tokens_share),
                 "" if each.epochs is None else f"{each.epochs:.2f}",
             )
             for each in sources
