@@ -41,6 +41,10 @@ class GeneratedRecall:
             **{f"weight of {setting.name}": repr(float(setting.weight)) for setting in spec.settings},
         }
 
+    @property
+    def folder(self) -> None:
+        return None
+
     def rows_per_epoch(self) -> None:
         return None
 

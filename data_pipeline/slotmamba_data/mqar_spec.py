@@ -6,8 +6,9 @@ Tokens: 0 padding, 1 beginning, 2 end, 3 to 15 fillers, then keys up to vocab_si
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from slotmamba_data.errors import InputError
 
@@ -44,6 +45,14 @@ class MQARSetting:
         updates = f"_updates{self.updates}" if self.updates else ""
         passes = f"_passes{self.passes}" if self.passes > 1 else ""
         return f"{self.length}x{self.pairs}{updates}{passes}"
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """The setting of a `name`."""
+        parts = re.fullmatch(r"(\d+)x(\d+)(?:_updates(\d+))?(?:_passes(\d+))?", name)
+        assert parts is not None, name
+        length, pairs, updates, passes = parts.groups()
+        return cls(int(length), int(pairs), updates=int(updates or 0), passes=int(passes or 1))
 
     @property
     def title(self) -> str:

@@ -18,6 +18,7 @@ from slotmamba_data.files import sha256_hex
 from slotmamba_data.packing import Row
 from slotmamba_data.row_source import Contents
 from slotmamba_data.schedule import Era, Piece, Turns, mixture
+from slotmamba_data.shard_reader import ShardFolder
 from slotmamba_data.shard_rows import Reading
 from slotmamba_data.sources import Source, open_source
 
@@ -154,6 +155,10 @@ class Plan:
             source.name: SourceProgress(count / rows, own.epochs(count))
             for source, own, count in zip(self.sources, self._rows, counts, strict=True)
         }
+
+    def folder(self, source: int) -> ShardFolder | None:
+        """The shards of a source, None where samples are generated."""
+        return self._rows[source].folder
 
     def cut_documents(self, source: int) -> int:
         """How many documents of a source are in more than one row of its first epoch; reads all its indexes."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from slotmamba_data.packing import DocumentPart, Row
+from slotmamba_data.shard_reader import ShardFolder
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class RowSource(Protocol):
     tokenizer: str | None
     encoder_length: int | None
     components: dict[str, str]
+
+    @property
+    def folder(self) -> ShardFolder | None:
+        """Its shards, None where samples are generated."""
+        ...
 
     def row(self, number: int) -> Row:
         """Row `number` >= 0 of the source; epochs follow one another."""

@@ -93,7 +93,7 @@ class ShardRows:
 
     def __init__(self, folder: ShardFolder, index: int, seq_len: int, seed: int, stream: str, reading: Reading) -> None:
         manifest = folder.manifest
-        self._folder, self._index, self._seq_len, self._seed, self._stream = folder, index, seq_len, seed, stream
+        self.folder, self._index, self._seq_len, self._seed, self._stream = folder, index, seq_len, seed, stream
         self._recall = manifest.kind == "mqar"
         self._seq2seq = manifest.form == "seq2seq"
         self._reading = reading
@@ -123,11 +123,11 @@ class ShardRows:
 
     def _check_samples(self) -> None:
         """Looks through all indexes once for the longest sample and the longest encoder input."""
-        indexes = [self._folder.index(shard) for shard in range(len(self._folder.manifest.shards))]
+        indexes = [self.folder.index(shard) for shard in range(len(self.folder.manifest.shards))]
         longest = max(int(index.counts.max(initial=0)) for index in indexes)
         if longest > self._seq_len:
             raise InputError(
-                f"{self._folder.location} has samples of {longest} tokens, which do not fit rows of {self._seq_len}"
+                f"{self.folder.location} has samples of {longest} tokens, which do not fit rows of {self._seq_len}"
             )
         if self._seq2seq:
             encoders = [index.encoder_counts for index in indexes if index.encoder_counts is not None]
@@ -143,9 +143,9 @@ class ShardRows:
             part = DocumentPart(epoch, int(self._first[shard]) + own, start, stop)
             try:
                 if self._recall:
-                    packer.add(self._folder.read(shard, own), self._folder.read(shard, own, array="labels"), part)
+                    packer.add(self.folder.read(shard, own), self.folder.read(shard, own, array="labels"), part)
                     if self._seq2seq:
-                        encoder = self._folder.read(shard, own, array="encoder")
+                        encoder = self.folder.read(shard, own, array="encoder")
                 else:
                     self._add_text(packer, shard, own, part)
             except CorruptShardError as error:
@@ -159,8 +159,8 @@ class ShardRows:
 
     def _add_text(self, packer: RowPacker, shard: int, document: int, part: DocumentPart) -> None:
         """A part with the token after it, which is its last label, where the document has one."""
-        past = min(part.stop + 1, int(self._folder.index(shard).counts[document]))
-        tokens = self._folder.read(shard, document, part.start, past)
+        past = min(part.stop + 1, int(self.folder.index(shard).counts[document]))
+        tokens = self.folder.read(shard, document, part.start, past)
         packer.add(tokens[: part.stop - part.start], tokens[1:], part)
 
     def _locate(self, number: int) -> tuple[int, int, int]:
@@ -185,7 +185,7 @@ class ShardRows:
 
     def _count_rows(self, group: int) -> int:
         if self._cuts:
-            tokens = sum(self._folder.manifest.shards[shard].tokens for shard in self._groups[group])
+            tokens = sum(self.folder.manifest.shards[shard].tokens for shard in self._groups[group])
             return -(-tokens // self._seq_len)
         counts = self._counts(group)
         return self._laid_out(counts, np.arange(len(counts))).rows
@@ -196,7 +196,7 @@ class ShardRows:
 
     def _shuffle(self, epoch: int, group: int) -> _Shuffled:
         key = self._seed, self._stream, epoch, group
-        self._folder.expect(self._groups[group].tolist())
+        self.folder.expect(self._groups[group].tolist())
         counts = self._counts(group)
         layout = self._laid_out(counts, permutation(derive_key("documents", *key), len(counts)))
         return _Shuffled(layout, permutation(derive_key("rows", *key), layout.rows))
@@ -208,7 +208,7 @@ class ShardRows:
 
     def _counts(self, group: int) -> np.ndarray:
         """int64, tokens of the documents of all shards of a group, one shard after the other."""
-        return np.concatenate([self._folder.index(shard).counts for shard in self._groups[group].tolist()])
+        return np.concatenate([self.folder.index(shard).counts for shard in self._groups[group].tolist()])
 
     def _find(self, group: int, document: int) -> tuple[int, int]:
         """The shard that a document of a group is in, and its number there."""
@@ -218,16 +218,16 @@ class ShardRows:
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 (a few integers of a source that lives as long as its plan)
     def _bounds(self, group: int) -> list[int]:
-        documents = [self._folder.manifest.shards[shard].documents for shard in self._groups[group]]
+        documents = [self.folder.manifest.shards[shard].documents for shard in self._groups[group]]
         return np.cumsum([0, *documents]).tolist()
 
     def epochs(self, rows: int) -> float:
         if self._cuts or self._recall:
             return rows / self.rows_per_epoch()
-        return rows * self._seq_len / self._folder.manifest.tokens
+        return rows * self._seq_len / self.folder.manifest.tokens
 
     def contents(self) -> Contents:
-        manifest, rows = self._folder.manifest, self.rows_per_epoch()
+        manifest, rows = self.folder.manifest, self.rows_per_epoch()
         padding = 1 - manifest.tokens / (rows * self._seq_len)
         return Contents(manifest.documents, manifest.tokens, rows, padding)
 
@@ -236,11 +236,13 @@ class ShardRows:
 
     def origin(self, part: DocumentPart) -> str:
         shard = int(np.searchsorted(self._first, part.document, side="right")) - 1
-        name = self._folder.manifest.shards[shard].name
-        return f"{self._folder.where(name)}, document {part.document - int(self._first[shard])} of the shard"
+        name = self.folder.manifest.shards[shard].name
+        own = part.document - int(self._first[shard])
+        known = "".join(f", {key} {value}" for key, value in self.folder.meta(shard, own).items())
+        return f"{self.folder.where(name)}, document {own} of the shard{known}"
 
     def close(self) -> None:
-        self._folder.close()
+        self.folder.close()
 
 
 def _components(manifest: Manifest) -> dict[str, str]:

@@ -245,6 +245,8 @@ def test_special_settings_leave_the_plain_samples_as_they_were() -> None:
     np.testing.assert_array_equal(alone.tokens, mixed[0].tokens)
     assert all((mixed[0].tokens[:, :16] != other.tokens[:, :16]).any(axis=1).all() for other in mixed[1:])
     assert [setting.name for setting in spec.settings] == ["64x8", "64x8_updates2", "64x8_passes2"]
+    special = MQARSetting(128, 8, updates=3, passes=2)
+    assert [MQARSetting.named(setting.name) for setting in (*spec.settings, special)] == [*spec.settings, special]
 
 
 @pytest.mark.parametrize(
