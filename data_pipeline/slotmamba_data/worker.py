@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import pickle
 import signal
@@ -65,7 +66,7 @@ class Worker:
             Exception: what the handler raised, with the worker's traceback as a note.
         """
         try:
-            failed, message = self.connection.recv()
+            failed, message = _receive(self.connection)
         except (EOFError, OSError) as error:
             raise self._died() from error
         if failed:
@@ -95,9 +96,27 @@ def _serve(connection: Connection, make_handler: bytes) -> None:
             request = connection.recv()
             try:
                 for message in handler(request):
-                    connection.send((False, message))
+                    _send(connection, (False, message))
             except Exception as error:
-                connection.send((True, _portable(error)))
+                _send(connection, (True, _portable(error)))
+
+
+def _send(connection: Connection, message: Any) -> None:
+    """Send a message; the numbers of its arrays are not copied into the pickle and out of it again."""
+    buffers: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
+    views = [buffer.raw() for buffer in buffers]
+    connection.send((pickled, [len(view) for view in views]))
+    if views:
+        connection.send_bytes(b"".join(views))
+
+
+def _receive(connection: Connection) -> Any:
+    """The message; its arrays are read-only."""
+    pickled, sizes = connection.recv()
+    content = memoryview(connection.recv_bytes() if sizes else b"")
+    ends = list(itertools.accumulate(sizes))
+    return pickle.loads(pickled, buffers=[content[end - size : end] for end, size in zip(ends, sizes, strict=True)])
 
 
 def _fail(error: Exception, request: Any) -> Iterable[Any]:
