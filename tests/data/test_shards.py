@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from slotmamba_data import MQARSetting, MQARSpec, ShardFolder, ShardWriter, build_mqar, generate_mqar, verify
 from slotmamba_data.blocks import BLOCK_BYTES
@@ -353,3 +355,29 @@ def test_complete_folder_is_replaced_only_on_request(shards: tuple[Path, list[np
     assert sorted(content(path)) == ["manifest.json", "shard-000000.index.npz", "shard-000000.tar"]
     assert json.loads((path / "manifest.json").read_text())["documents"] == 1
     verify(path)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 3), st.integers(0, 3000), st.just(70_000)), min_size=1, max_size=60),
+    shard_bytes=st.sampled_from([1, 500, 20_000, 10**6]),
+    vocab_size=st.sampled_from([2, 60_000, 70_000]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_documents_come_back(
+    lengths: list[int], shard_bytes: int, vocab_size: int, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    rng = np.random.default_rng(seed)
+    documents = [rng.integers(0, vocab_size, length) for length in lengths]
+    path = tmp_path_factory.mktemp("any")
+    with ShardWriter(path, vocab_size=vocab_size, shard_bytes=shard_bytes) as writer:
+        for document in documents:
+            writer.add(document)
+    folder = ShardFolder(path, kept_open=2)
+    assert counts(folder) == lengths
+    for number in rng.permutation(len(documents)).tolist():
+        np.testing.assert_array_equal(folder.tokens(number), documents[number])
+    spans = [folder.read_span(shard, 0, entry.tokens) for shard, entry in enumerate(folder.manifest.shards)]
+    np.testing.assert_array_equal(np.concatenate(spans), np.concatenate(documents))
+    folder.close()
+    shutil.rmtree(path)
