@@ -61,9 +61,7 @@ def add_inspect(commands: argparse._SubParsersAction[Any], plan_of: PlanOf | Non
     recipe = parser.add_argument_group("recipes")
     recipe.add_argument("--at", type=int, metavar="ROW", help="only print what this row holds, and where it comes from")
     recipe.add_argument("--rows", type=int, metavar="N", help="how many rows to print (default: 2)")
-    recipe.add_argument(
-        "--workers", type=int, nargs="+", metavar="N", help="measure how fast so many processes read, e.g. 0 1 2 4"
-    )
+    recipe.add_argument("--workers", metavar="N,...", help="measure how fast so many processes read, e.g. 0,1,2,4")
     parser.set_defaults(handler=lambda args: _inspect(args, plan_of))
 
 
@@ -129,6 +127,7 @@ def _inspect_run(args: argparse.Namespace, run: PlannedRun) -> int:
     from slotmamba_data.inspection import Lengths, count_duplicates, planned_sources, shares_over_time, throughput
     from slotmamba_data.tokenizer import Tokenizer
 
+    workers = _numbers(args.workers)
     path = args.tokenizer or run.tokenizer
     tokenizer = None if path is None else Tokenizer(path)
     if args.at is not None:
@@ -163,19 +162,24 @@ def _inspect_run(args: argparse.Namespace, run: PlannedRun) -> int:
             found["duplicates"] = _print_duplicates(*count_duplicates(folders), documents)
     for number in range(2 if args.rows is None else args.rows):
         _print_row(run, number, tokenizer)
-    if args.workers:
-        if min(args.workers) < 0:
-            raise InputError(f"--workers {min(args.workers)}: expected 0 or more")
+    if workers:
         batch = max(1, _MEASURED // 16 // plan.seq_len)
-        speeds = throughput(plan, batch, 16, args.workers)
+        speeds = throughput(plan, batch, 16, workers)
         found["tokens_per_second"] = speeds
         print("reading: million tokens a second by number of workers (0: in the training process)")
-        for workers, speed in speeds.items():
-            print(f"  {workers:>3}  {speed / 1e6:>8.1f}")
+        for count, speed in speeds.items():
+            print(f"  {count:>3}  {speed / 1e6:>8.1f}")
         if args.output:
             pictures["throughput.png"] = inspect_plots.throughput_picture(speeds)
     _write(args.output, found, lengths, pictures)
     return 0
+
+
+def _numbers(words: str | None) -> list[int]:
+    numbers = [] if words is None else words.split(",")
+    if not all(number.isdecimal() for number in numbers):
+        raise InputError(f"--workers {words}: expected whole numbers, such as 0,1,2,4")
+    return list(map(int, numbers))
 
 
 def _write(output: Path | None, found: dict[str, Any], lengths: Lengths | None, pictures: dict[str, bytes]) -> None:
@@ -209,7 +213,20 @@ def _print_mixture(sources: Sequence[Any]) -> None:
 
     print("sources")
     _print_table(
-        ("name", "kind", "documents", "tokens", "rows/epoch", "padding", "cut", "asked", "first 10k", "run", "epochs"),
+        (
+            "name",
+            "kind",
+            "documents",
+            "tokens",
+            "rows/epoch",
+            "padding",
+            "cut",
+            "asked",
+            "first 10k",
+            "run",
+            "of tokens",
+            "epochs",
+        ),
         [
             (
                 each.name,
@@ -224,6 +241,7 @@ def _print_mixture(sources: Sequence[Any]) -> None:
                 else f"{each.asked[0]:.2%} to {each.asked[1]:.2%}",
                 share(each.realised[0]),
                 share(each.realised[1]),
+                share(each.tokens_share),
                 "" if each.epochs is None else f"{each.epochs:.2f}",
             )
             for each in sources

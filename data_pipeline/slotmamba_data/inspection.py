@@ -68,6 +68,7 @@ class PlannedSource:
         cut_share: share of its documents that are in more than one row; None without end.
         asked: shares of the rows by the weights at the beginning and at the end of the run.
         realised: shares of the first 10,000 rows (or of the run where it is shorter) and of all rows of the run.
+        tokens_share: share of the tokens of all rows of the run, padding left out.
         epochs: epochs in the run, None without end.
     """
 
@@ -80,6 +81,7 @@ class PlannedSource:
     cut_share: float | None
     asked: tuple[float, float]
     realised: tuple[float, float]
+    tokens_share: float
     epochs: float | None
 
 
@@ -88,8 +90,10 @@ def planned_sources(plan: Plan, rows: int) -> list[PlannedSource]:
     early, whole = plan.progress(min(EARLY_ROWS, rows)), plan.progress(rows)
     weights = [piece.weights for piece in plan.turns.eras[-1].pieces if piece.first < rows]
     first, last = weights[0], weights[-1]
+    reports = plan.describe()
+    used = {report.name: whole[report.name].share * (1 - report.contents.pad_share) for report in reports}
     found = []
-    for index, (report, now, later) in enumerate(zip(plan.describe(), first, last, strict=True)):
+    for index, (report, now, later) in enumerate(zip(reports, first, last, strict=True)):
         contents = report.contents
         cut = None if not contents.documents else plan.cut_documents(index) / contents.documents
         found.append(
@@ -103,6 +107,7 @@ def planned_sources(plan: Plan, rows: int) -> list[PlannedSource]:
                 cut_share=cut,
                 asked=(now / sum(first), later / sum(last)),
                 realised=(early[report.name].share, whole[report.name].share),
+                tokens_share=used[report.name] / sum(used.values()),
                 epochs=whole[report.name].epochs,
             )
         )

@@ -14,6 +14,7 @@ import numpy as np
 from slotmamba_data.errors import CorruptShardError, InputError
 from slotmamba_data.layouts import Concatenated, Layout, best_fitted, side_by_side
 from slotmamba_data.manifest import Manifest
+from slotmamba_data.mqar import PAD
 from slotmamba_data.packing import DocumentPart, Row, RowPacker
 from slotmamba_data.randomness import derive_key, permutation
 from slotmamba_data.row_source import Contents
@@ -56,8 +57,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class _Shuffled:
-    """A group in one epoch: its documents laid out, and its rows in the order in which they come."""
+    """A group in one epoch: its documents laid out, and its rows in the order in which they come.
 
+    `bounds` says where the documents of each of its shards begin among those of the group, and where the last ends.
+    """
+
+    shards: list[int]
+    bounds: list[int]
+    counts: np.ndarray  # int64 [documents], tokens of each
     layout: Layout
     rows: np.ndarray  # int64 [rows]
 
@@ -139,34 +146,33 @@ class ShardRows:
             self.encoder_length = max(int(counts.max(initial=0)) for counts in encoders)
 
     def row(self, number: int) -> Row:
-        epoch, group, place = self._locate(number)
+        epoch, group, row = self._locate(number)
         shuffled = self._shuffled(epoch, group)
         packer = RowPacker(self._seq_len)
         encoder = None
-        for document, start, stop in shuffled.layout.parts(int(shuffled.rows[place])):
-            shard, own = self._find(group, document)
+        for document, start, stop in shuffled.layout.parts(int(shuffled.rows[row])):
+            place = bisect_right(shuffled.bounds, document) - 1
+            shard, own = shuffled.shards[place], document - shuffled.bounds[place]
             part = DocumentPart(epoch, int(self._first[shard]) + own, start, stop)
             try:
                 if self._recall:
-                    packer.add(self.folder.read(shard, own), self.folder.read(shard, own, array="labels"), part)
+                    tokens, labels = self.folder.read(shard, own), self.folder.read(shard, own, array="labels")
                     if self._seq2seq:
                         encoder = self.folder.read(shard, own, array="encoder")
+                    packer.add(tokens, labels, part)
                 else:
-                    self._add_text(packer, shard, own, part)
+                    # The token after the part, where the document has one, is its last label.
+                    past = min(stop + 1, int(shuffled.counts[document]))
+                    tokens = self.folder.read(shard, own, start, past)
+                    packer.add(tokens[: stop - start], tokens[1:], part)
             except CorruptShardError as error:
                 if self._reading.on_corrupt == "error":
                     raise
                 logger.warning("left out of row %d: %s", number, error)
                 packer.skipped += 1
         if self._seq2seq and encoder is None:
-            encoder = np.empty(0, dtype=np.int32)
+            encoder = np.full(1, PAD)  # one token: attention to none at all has no value
         return packer.row(self._index, encoder, self.encoder_length)
-
-    def _add_text(self, packer: RowPacker, shard: int, document: int, part: DocumentPart) -> None:
-        """A part with the token after it, which is its last label, where the document has one."""
-        past = min(part.stop + 1, int(self.folder.index(shard).counts[document]))
-        tokens = self.folder.read(shard, document, part.start, past)
-        packer.add(tokens[: part.stop - part.start], tokens[1:], part)
 
     def _locate(self, number: int) -> tuple[int, int, int]:
         """Epoch, group and row of the group, before their shuffle, of a row of the source."""
@@ -204,7 +210,10 @@ class ShardRows:
         self.folder.expect(self._groups[group].tolist())
         counts = self._counts(group)
         layout = self._laid_out(counts, permutation(derive_key("documents", *key), len(counts)))
-        return _Shuffled(layout, permutation(derive_key("rows", *key), layout.rows))
+        rows = permutation(derive_key("rows", *key), layout.rows)
+        shards = self._groups[group].tolist()
+        bounds = np.cumsum([0] + [self.folder.manifest.shards[shard].documents for shard in shards]).tolist()
+        return _Shuffled(shards, bounds, counts, layout, rows)
 
     def _laid_out(self, counts: np.ndarray, order: np.ndarray) -> Layout:
         if self._recall:
@@ -214,17 +223,6 @@ class ShardRows:
     def _counts(self, group: int) -> np.ndarray:
         """int64, tokens of the documents of all shards of a group, one shard after the other."""
         return np.concatenate([self.folder.index(shard).counts for shard in self._groups[group].tolist()])
-
-    def _find(self, group: int, document: int) -> tuple[int, int]:
-        """The shard that a document of a group is in, and its number there."""
-        bounds = self._bounds(group)
-        place = bisect_right(bounds, document) - 1
-        return int(self._groups[group][place]), document - bounds[place]
-
-    @functools.lru_cache(maxsize=4)  # noqa: B019 (a few integers of a source that lives as long as its plan)
-    def _bounds(self, group: int) -> list[int]:
-        documents = [self.folder.manifest.shards[shard].documents for shard in self._groups[group]]
-        return np.cumsum([0, *documents]).tolist()
 
     def epochs(self, rows: int) -> float:
         if self._cuts or self._recall:

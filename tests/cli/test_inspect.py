@@ -44,7 +44,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_data_of_a_recipe(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--output", str(tmp_path / "out"), "--duplicates", "--rows", "3", "--workers", "0", "2"]
+    options = ["--output", str(tmp_path / "out"), "--duplicates", "--rows", "3", "--workers", "0,2"]
     assert main(["data", "inspect", str(recipe), *options]) == 0
     printed = capsys.readouterr().out
     assert "mixed: 320 rows of 64 tokens, 8 a step" in printed
@@ -94,6 +94,7 @@ def test_one_row(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["{recipe}", "--document", "3"], "--document has no meaning for a recipe"),
+        (["{recipe}", "--workers", "0,x"], "--workers 0,x: expected whole numbers, such as 0,1,2,4"),
         (["{recipe}", "--at", "-1"], "rows are numbered from 0"),
         (["{recipe}", "data.seq_len=16"], "samples of 32 tokens do not fit rows of data.seq_len=16"),
         (["{shards}", "--at", "3"], "--at has no meaning for a folder of shards"),
