@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from slotmamba_data.packing import DocumentPart, Row
     from slotmamba_data.plan import Plan, PlanReader, check_fingerprint, open_plan
     from slotmamba_data.schedule import WeightChange
+    from slotmamba_data.prefetch import PrefetchReader
+    from slotmamba_data.remote import RemoteSettings
     from slotmamba_data.shard_reader import ShardFolder, verify
     from slotmamba_data.shard_rows import Reading
     from slotmamba_data.shards import ShardWriter
@@ -32,7 +34,9 @@ _MODULE_OF = {
     "MQARSpec": "mqar_spec",
     "Plan": "plan",
     "PlanReader": "plan",
+    "PrefetchReader": "prefetch",
     "Reading": "shard_rows",
+    "RemoteSettings": "remote",
     "Row": "packing",
     "ShardFolder": "shard_reader",
     "ShardWriter": "shards",
@@ -60,7 +64,9 @@ __all__ = [
     "MQARSpec",
     "Plan",
     "PlanReader",
+    "PrefetchReader",
     "Reading",
+    "RemoteSettings",
     "Row",
     "ShardFolder",
     "ShardWriter",

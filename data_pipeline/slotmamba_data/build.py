@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,7 +18,7 @@ from slotmamba_data.files import naming, sync_folder, write_file
 from slotmamba_data.inputs import describe, pieces
 from slotmamba_data.manifest import FORMAT, MANIFEST_NAME, Manifest, ShardEntry, SourceCount, add_counts
 from slotmamba_data.mqar_spec import MQARSpec
-from slotmamba_data.pieces import Built, Job, Report, build_piece, for_each, piece_record
+from slotmamba_data.pieces import Built, Job, Report, build_piece, for_each, piece_record, workers_lock
 from slotmamba_data.recall_job import RecallJob
 from slotmamba_data.shards import SHARD_BYTES, clear, token_dtype
 from slotmamba_data.text import DOCUMENT_BYTES, TextOptions
@@ -186,6 +188,45 @@ def _build(
 ) -> dict[str, Manifest]:
     if workers < 1:
         raise InputError(f"workers={workers}: expected at least 1")
+    with _alone(output):
+        return _build_alone(plan, output, workers, overwrite, display, prepare)
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep other builds from the same folder, and wait for the workers of one that was killed.
+
+    Raises:
+        InputError: another build is at work.
+    """
+    path = output / f"{WORK}.lock"
+    with naming(output):
+        output.mkdir(parents=True, exist_ok=True)
+    with naming(path), open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        except (BlockingIOError, FileNotFoundError):
+            free = False
+        if not free:
+            raise InputError(f"another `slotmamba data build` is writing to {output}, or was just now")
+        try:
+            if workers_lock(output / WORK).exists():
+                with open(workers_lock(output / WORK), "a") as workers:
+                    fcntl.flock(workers, fcntl.LOCK_EX)
+            yield
+        finally:
+            path.unlink()
+
+
+def _build_alone(
+    plan: _Plan,
+    output: Path,
+    workers: int,
+    overwrite: bool,
+    display: Display,
+    prepare: Callable[[Path, Display], None],
+) -> dict[str, Manifest]:
     splits = plan.job.splits
     folders = {split: output / split if len(splits) > 1 else output for split in splits}
     work = output / WORK

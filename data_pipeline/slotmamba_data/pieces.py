@@ -8,8 +8,11 @@ recorded as a whole.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -152,7 +155,23 @@ def for_each(
 
 
 def _handler(function: Callable[[Any, int, Path], Iterator[Any]], job: Any, work: Path) -> Handler:
-    return lambda number: function(job, number, work)
+    lock = open(workers_lock(work), "a")  # noqa: SIM115 (held as long as the process lives)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    if not parent.is_alive():
+        os._exit(1)  # somebody else may build in the folder by now
+
+    def handle(number: int) -> Iterator[Any]:
+        assert not lock.closed
+        return function(job, number, work)
+
+    return handle
+
+
+def workers_lock(work: Path) -> Path:
+    """The file on which all workers hold a shared lock: those of a build that was killed may live a moment longer."""
+    return work / "workers.lock"
 
 
 def _spread(

@@ -98,10 +98,6 @@ class ShardFolder:
         self._kept_open = kept_open
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
 
-    @property
-    def path(self) -> Path:
-        return Path(self.location)
-
     def where(self, name: str) -> str:
         """The path or URL of one of its files."""
         return self._store.where(name)
@@ -198,19 +194,6 @@ class ShardFolder:
         while self._shards:
             self._shards.popitem()[1].close()
         self._store.close()
-
-    @functools.cached_property
-    def counts(self) -> np.ndarray:
-        """int64 [documents], tokens of each document of all shards."""
-        return np.concatenate([self.index(shard).counts for shard in range(len(self.manifest.shards))])
-
-    @functools.cached_property
-    def encoder_counts(self) -> np.ndarray | None:
-        """int64 [documents], encoder tokens of each document of all shards; None without an encoder."""
-        if self.manifest.form != "seq2seq":
-            return None
-        counts = [self.index(shard).encoder_counts for shard in range(len(self.manifest.shards))]
-        return np.concatenate([each for each in counts if each is not None])
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """`read` of tokens, the document numbered over all shards."""

@@ -77,6 +77,11 @@ class _Epoch:
         self._rows_of = rows_of
         self._ends: list[int] = []
 
+    def after(self, group: int) -> list[int]:
+        """The group that follows a group in the epoch; none follows the last."""
+        place = self._order.index(group) + 1
+        return self._order[place : place + 1]
+
     def find(self, place: int) -> tuple[int, int] | None:
         """The group of row `place` of the epoch and the row in the group, None past the last."""
         while not self._ends or self._ends[-1] <= place:

@@ -6,8 +6,10 @@ import contextlib
 import functools
 import itertools
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
@@ -87,6 +89,7 @@ class Worker:
 
 
 def _serve(connection: Connection, make_handler: bytes) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         handler = pickle.loads(make_handler)()
     except Exception as error:
@@ -99,6 +102,14 @@ def _serve(connection: Connection, make_handler: bytes) -> None:
                     _send(connection, (False, message))
             except Exception as error:
                 _send(connection, (True, _portable(error)))
+
+
+def _end_with_parent() -> None:
+    """End this process, whatever it does, as soon as its parent has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _send(connection: Connection, message: Any) -> None:

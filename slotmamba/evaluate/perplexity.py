@@ -103,15 +103,15 @@ def _label_counts(source: Source) -> np.ndarray:
         raise InputError(f"source {source.name!r} is not text: expected one of kind lm")
     folder = ShardFolder(source.shards)
     if folder.manifest.kind != "lm":
-        raise InputError(f"source {source.name!r}: {folder.path} holds data of kind {folder.manifest.kind}, not lm")
+        raise InputError(f"source {source.name!r}: {folder.location} holds data of kind {folder.manifest.kind}, not lm")
     counts = np.zeros(folder.manifest.vocab_size, dtype=np.int64)
     try:
-        for document in range(len(folder.counts)):
+        for document in range(folder.manifest.documents):
             counts += np.bincount(folder.tokens(document, 1), minlength=len(counts))
     finally:
         folder.close()
     if not counts.any():
-        raise InputError(f"source {source.name!r}: {folder.path} has no document of two tokens or more")
+        raise InputError(f"source {source.name!r}: {folder.location} has no document of two tokens or more")
     return counts
 
 

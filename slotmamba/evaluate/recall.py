@@ -202,7 +202,9 @@ def _source_spec(source: SourceConfig) -> MQARSpec:
     folder = ShardFolder(source.shards)
     content = folder.manifest.about.get("spec")
     if content is None:
-        raise InputError(f"source {source.name!r}: {folder.path} does not say what samples it holds; build it again")
+        raise InputError(
+            f"source {source.name!r}: {folder.location} does not say what samples it holds; build it again"
+        )
     settings = tuple(MQARSetting(**setting) for setting in content["settings"])
     return MQARSpec(**(content | {"settings": settings}))
 

@@ -245,7 +245,7 @@ def test_stored_recall_comes_once_an_epoch_and_whole(tmp_path: Path) -> None:
             assert_row_is_well_formed(row, 50)
             position = 0
             for part in row.documents:
-                assert part == (epoch, part.document, 0, int(folder.counts[part.document]))
+                assert part == (epoch, part.document, 0, len(folder.tokens(part.document)))
                 np.testing.assert_array_equal(row.tokens[position : position + part.stop], folder.tokens(part.document))
                 np.testing.assert_array_equal(row.labels[position : position + part.stop], folder.labels(part.document))
                 position += part.stop

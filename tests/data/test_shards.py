@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from slotmamba_data import MQARSetting, MQARSpec, ShardFolder, ShardWriter, build_mqar, generate_mqar, verify
 from slotmamba_data.blocks import BLOCK_BYTES
@@ -29,13 +31,17 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def counts(folder: ShardFolder) -> list[int]:
+    return [count for shard in range(len(folder.manifest.shards)) for count in folder.index(shard).counts.tolist()]
+
+
 def test_documents_and_their_parts_come_back(shards: tuple[Path, list[np.ndarray]]) -> None:
     path, documents = shards
     folder = ShardFolder(path)
     assert len(folder.manifest.shards) > 2
     assert folder.manifest.documents == len(documents)
     assert folder.manifest.tokens == sum(LENGTHS)
-    assert folder.counts.tolist() == LENGTHS
+    assert counts(folder) == LENGTHS
     for number in (9, 0, 5, 3, 1, 2, 4, 6, 7, 8):
         np.testing.assert_array_equal(folder.tokens(number), documents[number])
         middle = LENGTHS[number] // 2
@@ -87,7 +93,7 @@ def test_samples_hold_many_documents_or_one_long_one(tmp_path: Path) -> None:
         for number, document in enumerate(documents):
             writer.add(document, meta={"source": "odd" if number % 2 else "even", "id": number, "same": [1]})
     folder = ShardFolder(tmp_path, kept_open=1)
-    assert folder.counts.tolist() == lengths
+    assert counts(folder) == lengths
     first = 0
     for shard, entry in enumerate(folder.manifest.shards):
         own = documents[first : first + entry.documents]
@@ -116,7 +122,7 @@ def test_shard_without_documents(tmp_path: Path) -> None:
     manifest = ShardFolder(tmp_path).manifest
     replace(manifest, shards=(empty, *manifest.shards)).write(tmp_path)
     folder = ShardFolder(tmp_path)
-    assert folder.counts.tolist() == [10]
+    assert counts(folder) == [10]
     assert folder.read_span(0, 0, 0).tolist() == [] and folder.read_span(1, 0, 10).tolist() == list(range(10))
     np.testing.assert_array_equal(folder.tokens(0), np.arange(10))
     verify(tmp_path)
@@ -203,7 +209,7 @@ def test_missing_folder_and_folder_of_splits(tmp_path: Path, make_shards: Any) -
         ShardFolder(tmp_path / "out")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 99, "shards": []}', '{"format": 1, "shards": [{"nome": 1}]}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1, "shards": []}', '{"format": 1, "shards": [{"nome": 1}]}'])
 def test_manifest_that_cannot_be_read(shards: tuple[Path, list[np.ndarray]], text: str) -> None:
     (shards[0] / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=r"manifest\.json.*build the folder again"):
@@ -239,6 +245,45 @@ def test_damaged_payload_is_named_with_shard_and_byte(shards: tuple[Path, list[n
     with pytest.raises(ValueError, match=message):
         verify(path)
     assert not list(path.parent.glob(f".{path.name}*"))
+
+
+def test_files_of_another_folder_are_named(tmp_path: Path, make_shards: Any) -> None:
+    """Of the same names and sizes: a shard, an index, both of them, and a shard that is there twice."""
+    documents = make_shards(tmp_path / "a", LENGTHS)
+    make_shards(tmp_path / "b", LENGTHS, seed=1)
+    tar, index = "shard-000001.tar", "shard-000001.index.npz"
+    for names, message in (
+        ([tar], rf"{tar} is damaged between bytes 0 and 16384 .*read for document 4 at byte \d+"),
+        ([index], rf"index .*{index} is not the one that was written"),
+        ([tar, index], rf"index .*{index} is not the one that was written"),
+    ):
+        shutil.copytree(tmp_path / "a", tmp_path / "c")
+        for name in names:
+            shutil.copy(tmp_path / "b" / name, tmp_path / "c" / name)
+        folder = ShardFolder(tmp_path / "c")
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                folder.read(1, 0)
+        np.testing.assert_array_equal(folder.tokens(3), documents[3])
+        with pytest.raises(ValueError, match=names[-1]):
+            verify(tmp_path / "c")
+        folder.close()
+        shutil.rmtree(tmp_path / "c")
+    shutil.copy(tmp_path / "a/shard-000000.tar", tmp_path / "a" / tar)
+    with pytest.raises(ValueError, match=rf"{tar} has \d+ bytes instead of \d+: it was truncated or replaced"):
+        ShardFolder(tmp_path / "a")
+
+
+def test_damage_between_the_arrays_is_found_by_verify_only(shards: tuple[Path, list[np.ndarray]]) -> None:
+    """A flipped bit anywhere is found: by whoever reads its block, and otherwise by `verify`."""
+    path, documents = shards
+    entry = ShardFolder(path).manifest.shards[-1]
+    flip(path / entry.name, entry.bytes - 100)  # the end of the tar
+    folder = ShardFolder(path)
+    np.testing.assert_array_equal(folder.tokens(6), documents[6])
+    with pytest.raises(ValueError, match=rf"{entry.name} is damaged between"):
+        folder.verify()
+    folder.close()
 
 
 def test_failed_replacement_leaves_the_folder_as_it_was(shards: tuple[Path, list[np.ndarray]]) -> None:
@@ -310,3 +355,29 @@ def test_complete_folder_is_replaced_only_on_request(shards: tuple[Path, list[np
     assert sorted(content(path)) == ["manifest.json", "shard-000000.index.npz", "shard-000000.tar"]
     assert json.loads((path / "manifest.json").read_text())["documents"] == 1
     verify(path)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 3), st.integers(0, 3000), st.just(70_000)), min_size=1, max_size=60),
+    shard_bytes=st.sampled_from([1, 500, 20_000, 10**6]),
+    vocab_size=st.sampled_from([2, 60_000, 70_000]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_documents_come_back(
+    lengths: list[int], shard_bytes: int, vocab_size: int, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    rng = np.random.default_rng(seed)
+    documents = [rng.integers(0, vocab_size, length) for length in lengths]
+    path = tmp_path_factory.mktemp("any")
+    with ShardWriter(path, vocab_size=vocab_size, shard_bytes=shard_bytes) as writer:
+        for document in documents:
+            writer.add(document)
+    folder = ShardFolder(path, kept_open=2)
+    assert counts(folder) == lengths
+    for number in rng.permutation(len(documents)).tolist():
+        np.testing.assert_array_equal(folder.tokens(number), documents[number])
+    spans = [folder.read_span(shard, 0, entry.tokens) for shard, entry in enumerate(folder.manifest.shards)]
+    np.testing.assert_array_equal(np.concatenate(spans), np.concatenate(documents))
+    folder.close()
+    shutil.rmtree(path)
