@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import shutil
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from slotmamba.batch import training_plan
-from slotmamba.config import Recipe
+from slotmamba.config import Recipe, load_recipe
 from slotmamba.train import train
+from slotmamba_data import Tokenizer, build_text, open_text, train_tokenizer
 from tests.train.runs import Runs, assert_same_run, records
 
 pytestmark = [pytest.mark.usefixtures("without_plots"), pytest.mark.timeout(300)]
@@ -135,3 +137,49 @@ def test_workers_change_nothing_but_who_reads(runs: Runs, tmp_path: Path) -> Non
     assert train(runs.recipe(tmp_path / "ahead", *settings, "data.workers=1")) == 0
     assert_same_run(tmp_path / "ahead", tmp_path / "plain")
     assert multiprocessing.active_children() == []
+
+
+def test_steps_of_a_curriculum_are_steps_also_after_another_batch_size(runs: Runs, tmp_path: Path) -> None:
+    """Twice the rows a step from step 4 on: recall sets in at step 8, which is row 4 * 4 + 4 * 8 and not 8 * 8."""
+    settings = ["data.sources.0.weight=0", "data.sources.0.weight_changes=[{step: 8, weight: 1}]"]
+    assert train(runs.recipe(tmp_path, *settings, "train.steps=4")) == 0
+    batch = runs.recipe(tmp_path).train.global_batch_tokens
+    assert train(runs.recipe(tmp_path, *settings, "train.steps=12", f"train.global_batch_tokens={2 * batch}")) == 0
+    log = records(tmp_path, "train")
+    assert [record["tokens"] // batch for record in log] == [1, 2, 3, 4, *range(6, 21, 2)]
+    assert ["loss/recall" in record for record in log] == [False] * 8 + [True] * 4
+
+
+@pytest.mark.slow
+def test_the_recipe_that_mixes_text_and_recall(tmp_path: Path) -> None:
+    """mixture-tiny as its comment says, on small data: shares and losses by source are in metrics.jsonl."""
+    pages = [text for _, text in zip(range(60), open_text("austen:test", document_bytes=2048), strict=False)]
+    lines = [json.dumps({"text": text, "source": f"novel {number % 2}"}) for number, text in enumerate(pages)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    data = tmp_path / "data"
+    train_tokenizer(["austen:val", tmp_path / "corpus.jsonl"], data / "tokenizer", vocab_size=1000, weights=(1.0, 1.0))
+    for name, source in (("austen", "austen:val"), ("corpus", tmp_path / "corpus.jsonl")):
+        build_text([source], Tokenizer(data / "tokenizer"), data / name, document_bytes=2048)
+    recipe = load_recipe(
+        "mixture-tiny",
+        [
+            f"run_dir={tmp_path / 'run'}",
+            f"data.tokenizer={data / 'tokenizer'}",
+            *(f"data.{key}.{n}.shards={data / name}" for key in ("sources", "validation")
+              for n, name in enumerate(("austen", "corpus"))),
+            "data.sources.2.weight_changes=[{step: 2, weight: 0}, {step: 6, weight: 2, linear: true}]",
+            "train={steps: 10, log_every: 1, eval_every: 10, eval_rows: 4}",
+            "optim.warmup=2",
+        ],
+    )  # fmt: skip
+    assert train(recipe) == 0
+    log = records(tmp_path / "run", "train")
+    counts = training_plan(recipe).turns.counts(10 * recipe.rows_per_step)
+    names = ["austen", "corpus", "recall"]
+    assert [log[-1][f"share/{name}"] for name in names] == [count / sum(counts) for count in counts]
+    assert log[1]["share/recall"] == 0 < log[-1]["share/recall"] < 0.25
+    assert log[0]["share/corpus"] == pytest.approx(5 / 6, abs=1 / recipe.rows_per_step)
+    assert {f"loss/{name}" for name in names} <= log[-1].keys() and {"epochs/austen", "epochs/corpus"} <= log[-1].keys()
+    validated = {record["source"]: record for record in records(tmp_path / "run", "validation")}
+    settings = {"64x4", "64x8_updates4", "128x16_passes2", "256x32"}
+    assert validated.keys() == set(names) and {f"recall/{each}" for each in settings} <= validated["recall"].keys()
