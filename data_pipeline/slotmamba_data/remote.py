@@ -237,5 +237,8 @@ class RemoteFile:
             self._store.forget(self._entry, number)
         return self.read(first, past)
 
+    def mapped(self, first: int, past: int) -> memoryview | None:
+        return None
+
     def close(self) -> None:
         """The store keeps no file open."""
