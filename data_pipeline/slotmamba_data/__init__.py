@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from slotmamba_data.mqar_spec import MQARSetting, MQARSpec
     from slotmamba_data.packing import DocumentPart, Row
     from slotmamba_data.plan import Plan, PlanReader, check_fingerprint, open_plan
-    from slotmamba_data.schedule import WeightChange
     from slotmamba_data.prefetch import PrefetchReader
     from slotmamba_data.remote import RemoteSettings
+    from slotmamba_data.schedule import WeightChange
     from slotmamba_data.shard_reader import ShardFolder, verify
     from slotmamba_data.shard_rows import Reading
     from slotmamba_data.shards import ShardWriter

@@ -119,8 +119,9 @@ class RemoteStore:
 
     def _fetch_ahead(self, entry: ShardEntry, number: int) -> None:
         """Fetch a chunk into the cache. A failure is none yet: whoever needs the chunk fetches it again."""
-        with contextlib.suppress(OSError, InputError):
-            self._fetch(entry, number)
+        if not self._cache.has(_key(entry, number)):
+            with contextlib.suppress(OSError, InputError):
+                self._fetch(entry, number)
 
     def _fetch(self, entry: ShardEntry, number: int) -> bytes:
         """All of a chunk; it is fetched by one process alone, and by the others found in the cache."""
@@ -167,7 +168,7 @@ class RemoteStore:
                     raise ConnectionError(
                         f"{url} could not be read in {attempt} attempts within {seconds:.0f} s: {error}"
                     ) from error
-                logger.info("%s: %s; attempt %d follows in %.2f s", url, error, attempt + 1, delay)
+                logger.warning("%s: %s; attempt %d follows in %.2f s", url, error, attempt + 1, delay)
                 time.sleep(delay)
                 delay = min(2 * delay, _LONGEST_DELAY)
         raise AssertionError("there is at least one attempt")
@@ -235,6 +236,9 @@ class RemoteFile:
         for number in range(first // CHUNK_BYTES, -(-past // CHUNK_BYTES)):
             self._store.forget(self._entry, number)
         return self.read(first, past)
+
+    def mapped(self, first: int, past: int) -> memoryview | None:
+        return None
 
     def close(self) -> None:
         """The store keeps no file open."""

@@ -23,7 +23,7 @@ from slotmamba_data.store import Store, open_store
 if TYPE_CHECKING:
     from slotmamba_data.remote import RemoteSettings
 
-KEPT_OPEN = 64  # shards of which index and file are kept
+KEPT_OPEN = 40  # shards of which index and file are kept, which takes two descriptors each
 _LABELS = np.dtype("<i4")
 
 Array = Literal["tokens", "labels", "encoder"]
@@ -70,7 +70,7 @@ class ShardFolder:
 
     Opening reads the manifest and, on a local disk, checks the sizes of the shards. Indexes and shards are opened when
     they are needed, and as many as `kept_open` of them stay open. Reading checks the CRC-32 of each 16 KiB block that
-    it touches. `verify` checks every byte.
+    it touches for the first time since its shard was opened. `verify` checks every byte.
 
     Args:
         location: path or URL (http, https, or what fsspec knows).
@@ -239,6 +239,7 @@ class _Shard:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             columns = {name: arrays[name] for name in arrays.files}
         self._crcs = memoryview(columns.pop("block_crc32"))
+        self._checked = bytearray(len(self._crcs))  # 1 for blocks that are what was written
         self.index = ShardIndex(columns)
         self._begins: dict[Array, np.ndarray] = {}
         self._samples: dict[Array, tuple[np.ndarray, np.ndarray]] = {}
@@ -263,12 +264,15 @@ class _Shard:
         return self._samples[array]
 
     def read(self, first: int, past: int, document: int) -> memoryview | bytes:
-        """Bytes `first` to `past - 1`, after a check of the blocks that hold them."""
-        block = first // BLOCK_BYTES
-        begin = block * BLOCK_BYTES
-        end = min(-(-past // BLOCK_BYTES) * BLOCK_BYTES, self._entry.bytes)
+        """Bytes `first` to `past - 1`, after a check of the blocks that hold them where that was not made before."""
         if first >= past:
             return b""
+        block, past_block = first // BLOCK_BYTES, -(-past // BLOCK_BYTES)
+        if self._checked.find(0, block, past_block) < 0:
+            mapped = self._file.mapped(first, past)
+            if mapped is not None:
+                return mapped
+        begin, end = block * BLOCK_BYTES, min(past_block * BLOCK_BYTES, self._entry.bytes)
         content = memoryview(self._file.read(begin, end))
         damaged = self._damaged(content, block, end - begin)
         if damaged is not None:
@@ -278,6 +282,7 @@ class _Shard:
                 damaged = self._damaged(content, block, end - begin)
         if damaged is not None:
             raise CorruptShardError(self._damage(begin + damaged, len(content) < end - begin, document, first))
+        self._checked[block:past_block] = b"\1" * (past_block - block)
         return content[first - begin : past - begin]
 
     def _damaged(self, content: memoryview, block: int, expected: int) -> int | None:

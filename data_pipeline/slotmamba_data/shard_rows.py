@@ -207,7 +207,8 @@ class ShardRows:
 
     def _shuffle(self, epoch: int, group: int) -> _Shuffled:
         key = self._seed, self._stream, epoch, group
-        self.folder.expect(self._groups[group].tolist())
+        expected = [group, *self._epoch(epoch).after(group)]
+        self.folder.expect(np.concatenate([self._groups[each] for each in expected]).tolist())
         counts = self._counts(group)
         layout = self._laid_out(counts, permutation(derive_key("documents", *key), len(counts)))
         rows = permutation(derive_key("rows", *key), layout.rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,11 @@ class ShardFile(Protocol):
 
     def read_again(self, first: int, past: int) -> bytes | None:
         """The same from where it comes from, when what was read is a copy; None when it was the original."""
+        ...
+
+    def mapped(self, first: int, past: int) -> memoryview | None:
+        """The same in memory that is mapped to the file, for bytes that were read before; None where that cannot be, or
+        the file was written to since."""
         ...
 
     def close(self) -> None: ...
@@ -99,11 +105,7 @@ def read_manifest(location: str | Path, remote: RemoteSettings | None = None) ->
 
 
 class LocalStore:
-    """Files of a local or mounted file system.
-
-    They are read, not memory-mapped: from the page cache both take the same time, but a mapped file that is truncated
-    under its reader, or lies on a failing disk, ends the process with SIGBUS instead of an error with a name in it.
-    """
+    """Files of a local or mounted file system."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -145,7 +147,7 @@ class LocalStore:
             raise CorruptShardError(f"index {path} is missing: {_BUILD}") from error
 
     def open(self, entry: ShardEntry) -> LocalFile:
-        return LocalFile(self._folder / entry.name)
+        return LocalFile(self._folder / entry.name, entry.bytes)
 
     def expect(self, entries: Sequence[ShardEntry]) -> None:
         """The page cache needs no hint."""
@@ -155,20 +157,37 @@ class LocalStore:
 
 
 class LocalFile:
-    """An open file."""
+    """An open file. What is read for the first time is read, so that a failing disk is an error with a name in it; in
+    mapped memory it would end the process with SIGBUS. From then on it is in memory, most likely, and mapped."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, size: int) -> None:
+        self._path, self._size = path, size
         with naming(path):
             self._file = io.FileIO(path)
         self._descriptor = self._file.fileno()
+        self._changed = os.fstat(self._descriptor).st_mtime_ns
+        self._map: mmap.mmap | None = None
+        self._view = memoryview(b"")
 
     def read(self, first: int, past: int) -> bytes:
-        with naming(self._path):
+        try:
             return os.pread(self._descriptor, past - first, first)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def read_again(self, first: int, past: int) -> bytes | None:
         return None
 
+    def mapped(self, first: int, past: int) -> memoryview | None:
+        status = os.fstat(self._descriptor)
+        if status.st_mtime_ns != self._changed or status.st_size < self._size:
+            return None  # it was written to, so it has to be checked; past a new end it could not even be touched
+        if self._map is None:
+            self._map = mmap.mmap(self._descriptor, self._size, prot=mmap.PROT_READ)
+            self._view = memoryview(self._map)
+        return self._view[first:past]
+
     def close(self) -> None:
+        """Close the file. It stays mapped as long as arrays are in the mapped memory."""
+        self._map, self._view = None, memoryview(b"")
         self._file.close()

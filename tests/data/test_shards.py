@@ -247,6 +247,24 @@ def test_damaged_payload_is_named_with_shard_and_byte(shards: tuple[Path, list[n
     assert not list(path.parent.glob(f".{path.name}*"))
 
 
+def test_shard_written_to_or_truncated_after_it_was_read(shards: tuple[Path, list[np.ndarray]]) -> None:
+    path, documents = shards
+    folder = ShardFolder(path)
+    for number in (8, 9, 9, 6):
+        np.testing.assert_array_equal(folder.tokens(number), documents[number])
+    last = path / folder.manifest.shards[-1].name
+    content = last.read_bytes()
+    last.write_bytes(bytes(len(content)))
+    with pytest.raises(ValueError, match="is damaged between bytes"):
+        folder.tokens(9)
+    last.write_bytes(content)
+    np.testing.assert_array_equal(folder.tokens(9), documents[9])
+    os.truncate(last, 5000)
+    with pytest.raises(ValueError, match="ends at byte 5000: it was truncated"):
+        folder.tokens(9)
+    folder.close()
+
+
 def test_files_of_another_folder_are_named(tmp_path: Path, make_shards: Any) -> None:
     """Of the same names and sizes: a shard, an index, both of them, and a shard that is there twice."""
     documents = make_shards(tmp_path / "a", LENGTHS)
