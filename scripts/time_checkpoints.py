@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from slotmamba.batch import plan_source
+from slotmamba.batch import training_plan
 from slotmamba.checkpoint import CheckpointStore, Group
 from slotmamba.config import load_recipe
 from slotmamba.config.schema import Recipe
 from slotmamba.engines import build_engine
 from slotmamba.global_step import GlobalStep
 from slotmamba.world import World, joined
-from slotmamba_data import PlanReader, open_plan
+from slotmamba_data import PlanReader
 
 MODES = ("none", "sync", "async")
 
@@ -54,7 +54,7 @@ def _measure(recipe: Recipe, world: World, mode: str, steps: int, every: int, ru
     """Milliseconds by what was timed; the first three steps, which compile and fill caches, are left out."""
     engine = build_engine(recipe, world)
     store = CheckpointStore(run_dir, 1, recipe.model.model_dump(mode="json"), Group(world.rank, world.size))
-    plan = open_plan([plan_source(source) for source in recipe.data.sources], recipe.data.seq_len, recipe.seed)
+    plan = training_plan(recipe)
     reader, train_step = PlanReader(plan), GlobalStep(recipe, engine)
     times: dict[str, list[float]] = defaultdict(list)
     started: float | None = None

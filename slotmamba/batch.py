@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slotmamba.config.data import SourceConfig
+from slotmamba.config.data import DataConfig, SourceConfig
 from slotmamba.config.schema import Recipe
 from slotmamba.errors import InputError
 from slotmamba.models.slotmamba import IGNORED
-from slotmamba_data import Plan, Row, Source, Tokenizer
+from slotmamba.world import World
+from slotmamba_data import Plan, Reading, Row, Source, Tokenizer, WeightChange, open_plan
+from slotmamba_data.remote import RemoteSettings
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,71 @@ def _encoder(row: Row) -> tuple[np.ndarray, np.ndarray]:
     return row.encoder_tokens, row.encoder_valid
 
 
-def labelled(rows: Sequence[Row]) -> int:
-    """Positions with a loss."""
-    return sum(int((row.labels != IGNORED).sum()) for row in rows)
+@dataclass(frozen=True)
+class RowCounts:
+    """Of some rows: positions with a loss, positions that are no padding, and documents left out as unreadable."""
+
+    labelled: int
+    valid: int
+    skipped: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], world: World) -> RowCounts:
+        """The sums over the rows of all processes."""
+        counts = [(int((row.labels != IGNORED).sum()), int(row.valid.sum()), row.skipped) for row in rows]
+        return cls(*map(int, world.sum(torch.tensor(counts).sum(0))))
 
 
-def plan_source(config: SourceConfig) -> Source:
-    """A recipe's source as the data plan takes it."""
-    mqar = None if config.mqar is None else config.mqar.spec
-    return Source(name=config.name, kind=config.kind, weight=config.weight, shards=config.shards, mqar=mqar)
+def plan_source(config: SourceConfig, changes: tuple[WeightChange, ...] = ()) -> Source:
+    """A recipe's source as the data plan takes it; its changes of weight are given in rows."""
+    return Source(
+        name=config.name,
+        kind=config.kind,
+        weight=config.weight,
+        shards=config.shards,
+        mqar=None if config.mqar is None else config.mqar.spec,
+        changes=changes,
+        on_exhausted=config.on_exhausted,
+    )
+
+
+def plan_reading(data: DataConfig) -> Reading:
+    """How a recipe's rows are made of shards."""
+    remote = RemoteSettings(
+        cache=data.remote.cache,
+        cache_bytes=int(data.remote.cache_gib * 2**30),
+        attempts=data.remote.attempts,
+        timeout=data.remote.timeout,
+    )
+    return Reading(data.packing, data.shuffle_shards, data.on_corrupt, remote)
+
+
+def training_plan(recipe: Recipe, step: int = 0, row: int = 0) -> Plan:
+    """The plan of a recipe's training rows, for a run whose step number `step` begins with row `row`.
+
+    Raises:
+        InputError: as `open_plan`.
+    """
+
+    def first_row(other: int) -> int:
+        """The row that step `other` begins with; the steps before `step` are taken to have had equally many."""
+        return row + (other - step) * recipe.rows_per_step if other > step else row * other // step
+
+    sources = []
+    for config in recipe.data.sources:
+        changes = (WeightChange(first_row(each.step), each.weight, each.linear) for each in config.weight_changes)
+        sources.append(plan_source(config, tuple(changes)))
+    return open_plan(sources, recipe.data.seq_len, recipe.seed, reading=plan_reading(recipe.data))
+
+
+def validation_plan(recipe: Recipe, source: Source) -> Plan:
+    """The plan of a validation source's rows, never those of training.
+
+    Raises:
+        InputError: as `open_plan`.
+    """
+    reading = plan_reading(recipe.data)
+    return open_plan([source], recipe.data.seq_len, recipe.seed, split="validation", reading=reading)
 
 
 def check_data(recipe: Recipe, plans: Sequence[Plan]) -> None:

@@ -18,6 +18,7 @@ from slotmamba_data.cli import add_data_commands
 
 if TYPE_CHECKING:
     from slotmamba.config import Recipe
+    from slotmamba_data.inspect_cli import PlannedRun
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
     Handler = Callable[[argparse.Namespace], int]
@@ -69,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe_command(commands, "estimate", _estimate, "parameters, FLOPs per token and memory of a recipe, by part")
     _add_generate(commands)
     _add_evaluate(commands)
-    add_data_commands(commands)
+    add_data_commands(commands, _planned)
     doctor = commands.add_parser("doctor", help="what is installed, which backends work, what is missing")
     doctor.set_defaults(handler=_doctor)
     return parser
@@ -127,6 +128,18 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
     from slotmamba.config import load_recipe
 
     return load_recipe(args.recipe, args.overrides)
+
+
+def _planned(name: str, overrides: Sequence[str]) -> PlannedRun:
+    """The data of a recipe, for `data inspect`."""
+    from slotmamba.config import load_recipe
+
+    recipe = load_recipe(name, overrides)
+    from slotmamba.batch import training_plan
+    from slotmamba_data.inspect_cli import PlannedRun
+
+    rows = recipe.train.total_steps * recipe.rows_per_step
+    return PlannedRun(recipe.name, training_plan(recipe), rows, recipe.rows_per_step, recipe.data.tokenizer)
 
 
 def _train(args: argparse.Namespace) -> int:

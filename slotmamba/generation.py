@@ -15,7 +15,7 @@ from slotmamba.errors import InputError
 from slotmamba.models import SlotMambaForCausalLM, SlotMambaForSeq2Seq
 from slotmamba.sampling import check_sampling, generate_tokens
 from slotmamba_data import StreamDecoder, Tokenizer
-from slotmamba_data.tokenizer_file import MODEL_NAME
+from slotmamba_data.tokenizer_file import JSON_NAME, MODEL_NAME
 
 
 def generate_text(
@@ -102,8 +102,8 @@ def _tokenizer(recipe: Recipe, run_dir: Path) -> Tokenizer:
             f"{recipe.name} was trained without a tokenizer, so its tokens are not text: "
             "`generate` needs a run with data.tokenizer set (for recall models there is `slotmamba evaluate`)"
         )
-    own = run_dir / MODEL_NAME
-    tokenizer = Tokenizer(own if own.is_file() else path)
+    own = (run_dir / name for name in (MODEL_NAME, JSON_NAME))
+    tokenizer = Tokenizer(next((file for file in own if file.is_file()), path))
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise InputError(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the model only {recipe.model.vocab_size}: "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slotmamba.batch import Batch, labelled
+from slotmamba.batch import Batch, RowCounts
 from slotmamba.config.schema import Recipe
 from slotmamba.engines import Engine
 from slotmamba.errors import TrainingError
@@ -17,12 +17,12 @@ from slotmamba_data import PlanReader, Row
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step over all processes: mean loss in nats a labelled token, the same by source, the count of
-    labelled tokens, gradient norm before clipping."""
+    """One optimizer step over all processes: mean loss in nats a labelled token, the same by source, what its rows
+    held, gradient norm before clipping."""
 
     loss: float
     source_losses: dict[str, float]
-    labelled_tokens: int
+    rows: RowCounts
     balance: float
     grad_norm: float
     skipped: bool
@@ -44,7 +44,8 @@ class GlobalStep:
             TrainingError: no position of the batch has a label.
         """
         rows = reader.next_batch(self.recipe.rows_per_step, self.world.rank, self.world.size)
-        tokens = int(self.world.sum(torch.tensor(labelled(rows))))
+        counted = RowCounts.of(rows, self.world)
+        tokens = counted.labelled
         if tokens == 0:
             step = reader.samples_consumed // self.recipe.rows_per_step
             raise TrainingError(f"step {step}: no position of the batch has a label")
@@ -64,7 +65,7 @@ class GlobalStep:
         return StepResult(
             loss=float(nats.sum() / tokens),
             source_losses=self._by_source(nats, counts),
-            labelled_tokens=tokens,
+            rows=counted,
             balance=float(sums[-1, 0]),
             grad_norm=float(norm),
             skipped=not finite,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from slotmamba.metrics import read_metrics
 from slotmamba_data.files import write_file
+from slotmamba_data.mqar_spec import MQARSetting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ def plot_run(run_dir: Path) -> list[Path]:
     A value that was not finite leaves a gap.
 
     Returns:
-        The files written, of loss.png, recall.png, learning_rate.png, gradient_norm.png and throughput.png.
+        The files written, of loss.png, recall.png, mixture.png, learning_rate.png, gradient_norm.png, throughput.png.
 
     Raises:
         OSError: metrics.jsonl cannot be read, or a plot not be written.
@@ -35,6 +36,7 @@ def plot_run(run_dir: Path) -> list[Path]:
     plots: dict[str, Callable[[Axes], None]] = {
         "loss": lambda axes: _draw_loss(axes, train, validation),
         "recall": lambda axes: _draw_recall(axes, validation),
+        "mixture": lambda axes: _draw_shares(axes, train),
         "learning_rate": lambda axes: _draw_one(axes, train, "lr", "learning rate"),
         "gradient_norm": lambda axes: _draw_one(axes, train, "grad_norm", "gradient norm before clipping"),
         "throughput": lambda axes: _draw_one(axes, train, "tokens_per_second", "tokens per second"),
@@ -89,7 +91,7 @@ def _draw_loss(axes: Axes, train: Records, validation: Records) -> None:
 
 
 def _draw_recall(axes: Axes, validation: Records) -> None:
-    """Share of right answers of every source and setting, as ``recall/LENGTHxPAIRS`` says it."""
+    """Share of right answers of every source and setting, as ``recall/SETTING`` says it."""
     keys = sorted(_keys(validation, "recall/"), key=_setting)
     sources = _sources([record for record in validation if any(key in record for key in keys)])
     for name in sources:
@@ -99,6 +101,14 @@ def _draw_recall(axes: Axes, validation: Records) -> None:
             _line(axes, records, key, label=prefix + _setting(key)[-1], marker="o")
     axes.set_ylim(-0.02, 1.02)
     axes.set_ylabel("recall (share of answers that are right)")
+
+
+def _draw_shares(axes: Axes, train: Records) -> None:
+    """The share of each source in all rows so far."""
+    for key in _keys(train, "share/"):
+        _line(axes, train, key, label=key.removeprefix("share/"))
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_ylabel("share of the rows so far")
 
 
 def _draw_one(axes: Axes, train: Records, key: str, label: str) -> None:
@@ -130,5 +140,5 @@ def _setting(key: str) -> tuple[int, int, str]:
     """Length, pairs and label of ``recall/64x4``; of samples from shards there is ``recall/all`` only."""
     if key == "recall/all":
         return 0, 0, "all samples"
-    length, pairs = map(int, key.removeprefix("recall/").split("x"))
-    return length, pairs, f"{length} tokens, {pairs} pairs"
+    setting = MQARSetting.named(key.removeprefix("recall/"))
+    return setting.length, setting.pairs, setting.title

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from slotmamba.config.schema import Recipe
 from slotmamba.errors import InputError
-from slotmamba_data.manifest import Manifest
+from slotmamba_data.store import read_manifest
 from slotmamba_data.tokenizer_file import find_tokenizer
 
 
@@ -16,17 +15,17 @@ def missing_data(recipe: Recipe) -> list[str]:
 
     Whether a folder holds what was written only reading it can tell.
     """
-    named: list[tuple[str, str | None, Callable[[Path], object]]] = [
+    named: list[tuple[str, str | None, Callable[[str], object]]] = [
         ("data.tokenizer", recipe.data.tokenizer, find_tokenizer)
     ]
     for key in ("sources", "validation"):
         for number, source in enumerate(getattr(recipe.data, key)):
-            named.append((f"data.{key}.{number}.shards", source.shards, Manifest.read))
+            named.append((f"data.{key}.{number}.shards", source.shards, read_manifest))
     lines = []
     for key, path, find in named:
         try:
             if path is not None:
-                find(Path(path))
+                find(path)
         except InputError as error:
             lines.append(f"{key}: {error}")
     return lines

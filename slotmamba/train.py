@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from slotmamba.allocator import keep_freed_memory
-from slotmamba.batch import check_data, plan_source
+from slotmamba.batch import check_data, training_plan
 from slotmamba.checkpoint import CheckpointStore, Group
 from slotmamba.config import load_recipe, save_recipe
 from slotmamba.config.schema import Recipe
@@ -33,9 +33,10 @@ from slotmamba.schedule import learning_rate
 from slotmamba.signals import StopFlag
 from slotmamba.tracking import Tracker
 from slotmamba.world import World, joined
-from slotmamba_data import PlanReader, Tokenizer, open_plan
+from slotmamba_data import PlanReader
 from slotmamba_data.files import write_file
-from slotmamba_data.tokenizer_file import MODEL_NAME
+from slotmamba_data.prefetch import PrefetchReader
+from slotmamba_data.tokenizer_file import find_tokenizer, tokenizer_name
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Trainer:
         self.engine = build_engine(recipe, world)
         watch.engine_built()
         self.train_step = GlobalStep(recipe, self.engine)
-        self.plan = open_plan([plan_source(source) for source in recipe.data.sources], recipe.data.seq_len, recipe.seed)
+        self.plan = training_plan(recipe)
         self.validation = Validation(recipe)
         check_data(recipe, [self.plan, *self.validation.plans])
         self.store = CheckpointStore(
@@ -98,11 +99,15 @@ class Trainer:
         self.step = 0
         self.reader = PlanReader(self.plan)
         self.labelled_tokens = 0
+        self.skipped_documents = 0
         self.skips_in_a_row = 0
         self.validation_due = False  # a validation was given up when the run was asked to stop
         self.tracker_state: dict[str, Any] | None = None
         self.saved: tuple[int, bool] | None = None
         self._resume()
+        self.total, self.ended_by = self._total_steps()
+        if recipe.data.workers:
+            self.reader = PrefetchReader(self.plan, self.reader.samples_consumed, recipe.data.workers)
 
     def _resume(self) -> None:
         """Goes on from the newest checkpoint, if there is one."""
@@ -114,16 +119,36 @@ class Trainer:
         self.saved = self.step, False
         if not progress:  # a seed checkpoint
             return
+        consumed = progress["data"]["samples_consumed"]
+        if consumed != self.step * self.recipe.rows_per_step:  # the size of the batch was changed
+            self.plan.close()
+            self.plan = training_plan(self.recipe, self.step, consumed)
         self.reader = PlanReader.from_state(self.plan, progress["data"])
+        self.plan = self.reader.plan
         self.labelled_tokens = progress["labelled_tokens"]
+        self.skipped_documents = progress["skipped_documents"]
         self.skips_in_a_row = progress["skips_in_a_row"]
         self.validation_due = progress["validation_due"]
         self.tracker_state = progress["tracker"]
         self.saved = self.step, self.validation_due
 
+    def _total_steps(self) -> tuple[int, str | None]:
+        """The last step, and the source whose end brings it forward, if one does."""
+        recipe, ends = self.recipe, self.plan.ends()
+        asked = recipe.train.total_steps
+        if ends is None or ends[0] >= asked * recipe.rows_per_step:
+            return asked, None
+        steps = ends[0] // recipe.rows_per_step
+        if steps < max(1, recipe.optim.warmup):
+            raise InputError(
+                f"source {ends[1]!r} is exhausted after {steps} steps (on_exhausted=stop), "
+                f"too few for a run with optim.warmup={recipe.optim.warmup}"
+            )
+        return steps, ends[1]
+
     def run(self, stop: StopFlag) -> None:
         """Trains until all is done or `stop` is set. Where all is done already, nothing in the run folder changes."""
-        recipe, total = self.recipe, self.recipe.train.total_steps
+        recipe, total = self.recipe, self.total
         if self.step >= total and not self.validation_due:
             if self.world.is_main:
                 print(
@@ -134,6 +159,8 @@ class Trainer:
         changes = self._changes() if self.world.is_main else []
         with self._records(), Progress(total, self.step, Console(quiet=not self.world.is_main)) as progress:
             progress.message(self._opening())
+            if self.ended_by is not None:
+                progress.message(f"ends after step {total}, where source {self.ended_by!r} is exhausted")
             if changes:
                 progress.message(f"the recipe has changed since the run was last started: {'; '.join(changes)}")
                 self._write({"kind": "recipe", "step": self.step, "changes": changes})
@@ -150,7 +177,7 @@ class Trainer:
 
     def close(self) -> None:
         self.store.abandon()
-        self.plan.close()
+        self.reader.close()
         self.validation.close()
 
     @contextmanager
@@ -161,7 +188,8 @@ class Trainer:
             return
         save_recipe(self.recipe, self.run_dir / "recipe.yaml")
         if self.recipe.data.tokenizer is not None:
-            write_file(self.run_dir / MODEL_NAME, Tokenizer(self.recipe.data.tokenizer).path.read_bytes())
+            tokenizer = find_tokenizer(self.recipe.data.tokenizer)
+            write_file(self.run_dir / tokenizer_name(tokenizer), tokenizer.read_bytes())
         write_json(self.run_dir / "environment.json", describe_environment())
         with closing(MetricsLog(self.run_dir / "metrics.jsonl")) as self.metrics:
             self.metrics.truncate_after(self.step, repeated="validation" if self.validation_due else None)
@@ -201,7 +229,8 @@ class Trainer:
                 first = False
             else:
                 stop.took("step", time.monotonic() - began)
-            self.labelled_tokens += result.labelled_tokens
+            self.labelled_tokens += result.rows.labelled
+            self.skipped_documents += result.rows.skipped
             self._check_skips(result)
             last = self.step == total
             if self.step % settings.log_every == 0 or last or result.skipped:
@@ -236,21 +265,31 @@ class Trainer:
         logger.warning("%s, step skipped", what)
 
     def _train_record(self, result: StepResult, lr: float, tokens_per_second: float) -> dict[str, Any]:
-        by_source = {f"loss/{name}": loss for name, loss in result.source_losses.items()}
         return {
             "kind": "train",
             "step": self.step,
             "loss": result.loss,
-            **(by_source if len(self.plan.sources) > 1 else {}),
+            **self._by_source(result),
             "balance": result.balance,
             "lr": lr,
             "grad_norm": result.grad_norm,
             "skipped": result.skipped,
             "tokens": self.reader.samples_consumed * self.recipe.data.seq_len,
             "labelled_tokens": self.labelled_tokens,
+            "pad_share": 1 - result.rows.valid / self.recipe.train.global_batch_tokens,
+            **({"skipped_documents": self.skipped_documents} if self.recipe.data.on_corrupt == "skip" else {}),
             "tokens_per_second": tokens_per_second,
             "time": time.time(),
         }
+
+    def _by_source(self, result: StepResult) -> dict[str, float]:
+        """Epochs done of each source that has some; with several also their losses and their shares of all rows."""
+        so_far = self.plan.progress(self.reader.samples_consumed)
+        values = {f"epochs/{name}": source.epochs for name, source in so_far.items() if source.epochs is not None}
+        if len(so_far) > 1:
+            values |= {f"loss/{name}": loss for name, loss in result.source_losses.items()}
+            values |= {f"share/{name}": source.share for name, source in so_far.items()}
+        return values
 
     def _validate(self, stop: StopFlag, progress: Progress) -> None:
         records = self.validation.run(
@@ -286,6 +325,7 @@ class Trainer:
         progress = {
             "data": self.reader.state(),
             "labelled_tokens": self.labelled_tokens,
+            "skipped_documents": self.skipped_documents,
             "skips_in_a_row": self.skips_in_a_row,
             "validation_due": self.validation_due,
             "tracker": self.tracker.state() if self.world.is_main else None,

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from slotmamba_data.mqar_spec import MQARSetting, MQARSpec
     from slotmamba_data.packing import DocumentPart, Row
     from slotmamba_data.plan import Plan, PlanReader, check_fingerprint, open_plan
+    from slotmamba_data.prefetch import PrefetchReader
+    from slotmamba_data.remote import RemoteSettings
+    from slotmamba_data.schedule import WeightChange
     from slotmamba_data.shard_reader import ShardFolder, verify
+    from slotmamba_data.shard_rows import Reading
     from slotmamba_data.shards import ShardWriter
     from slotmamba_data.sources import Source
     from slotmamba_data.text import open_text
@@ -30,6 +34,9 @@ _MODULE_OF = {
     "MQARSpec": "mqar_spec",
     "Plan": "plan",
     "PlanReader": "plan",
+    "PrefetchReader": "prefetch",
+    "Reading": "shard_rows",
+    "RemoteSettings": "remote",
     "Row": "packing",
     "ShardFolder": "shard_reader",
     "ShardWriter": "shards",
@@ -37,6 +44,7 @@ _MODULE_OF = {
     "StreamDecoder": "tokenizer",
     "Tokenizer": "tokenizer",
     "TokenizerReport": "tokenizer_training",
+    "WeightChange": "schedule",
     "build_mqar": "build",
     "build_text": "build",
     "check_fingerprint": "plan",
@@ -56,6 +64,9 @@ __all__ = [
     "MQARSpec",
     "Plan",
     "PlanReader",
+    "PrefetchReader",
+    "Reading",
+    "RemoteSettings",
     "Row",
     "ShardFolder",
     "ShardWriter",
@@ -63,6 +74,7 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "TokenizerReport",
+    "WeightChange",
     "build_mqar",
     "build_text",
     "check_fingerprint",

@@ -9,3 +9,7 @@ class InputError(ValueError):
     The command line prints the text and exits 2. Any other ValueError, one of NumPy's or torch's for instance, is a bug
     and keeps its traceback there.
     """
+
+
+class CorruptShardError(InputError):
+    """What a shard or its index holds is not what was written; the text names the file and, in a shard, the byte."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from slotmamba_data.errors import InputError
-from slotmamba_data.files import naming, write_file
+from slotmamba_data.files import write_file
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_NAME = "manifest.json"
 
 
@@ -28,6 +29,25 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class SourceCount:
+    """Documents and tokens of a source, and what of it was left out: documents by reason, such as `duplicate`."""
+
+    documents: int = 0
+    tokens: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+def add_counts(counts: dict[str, SourceCount], more: Mapping[str, SourceCount]) -> None:
+    """Add `more` to `counts`, source by source."""
+    for name, added in more.items():
+        old = counts.get(name, SourceCount())
+        skipped = dict(old.skipped)
+        for reason, number in added.skipped.items():
+            skipped[reason] = skipped.get(reason, 0) + number
+        counts[name] = SourceCount(old.documents + added.documents, old.tokens + added.tokens, skipped)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What `manifest.json` says of a folder.
 
@@ -36,10 +56,11 @@ class Manifest:
         kind: `lm`, documents of text; `mqar`, recall samples with stored labels.
         form: `decoder`, or `seq2seq` where every sample has encoder tokens.
         vocab_size: every token is below.
-        tokenizer: SHA-256 of the sentencepiece model, None for recall data.
+        tokenizer: SHA-256 of the tokenizer's file, None for recall data.
         token_dtype: NumPy type of the stored tokens.
         documents, tokens: totals; encoder tokens are not counted.
         shards: the shards, in order.
+        sources: what each source gave, by its name.
         about: how the folder was made.
     """
 
@@ -52,6 +73,7 @@ class Manifest:
     documents: int
     tokens: int
     shards: tuple[ShardEntry, ...]
+    sources: dict[str, SourceCount]
     about: dict[str, Any]
 
     def write(self, folder: Path) -> None:
@@ -63,28 +85,19 @@ class Manifest:
         write_file(folder / MANIFEST_NAME, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
-        """The manifest of a complete folder.
+    def parse(cls, content: bytes, name: str) -> Self:
+        """The manifest in the content of the file `name`.
 
         Raises:
-            InputError: there is none, or it is not one that this version can read; says which command builds one.
+            InputError: it is not one that this version can read; says which command builds one.
         """
-        path = folder / MANIFEST_NAME
-        if not path.is_file():
-            reason = "is a file, not a folder of shards" if folder.exists() else "does not exist"
-            if folder.is_dir():
-                reason = "holds no manifest.json, so it is not a complete folder of shards"
-            inner = [name for name in ("train", "val") if (folder / name / MANIFEST_NAME).is_file()]
-            hint = f"; did you mean {folder / inner[0]}?" if inner else ": build it with `slotmamba data build`"
-            raise InputError(f"{folder} {reason}{hint}")
-        with naming(path):
-            content = path.read_bytes()
         try:
             values = json.loads(content)
             version = values["format"]
             values["shards"] = tuple(ShardEntry(**entry) for entry in values["shards"])
-            if version == FORMAT and values.keys() == {field.name for field in fields(cls)}:
+            if version == FORMAT and values.keys() == {each.name for each in fields(cls)}:
+                values["sources"] = {name: SourceCount(**count) for name, count in values["sources"].items()}
                 return cls(**values)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is not a manifest of shards ({error}): build the folder again") from error
-        raise InputError(f"{path} has format {version}, expected {FORMAT}: build the folder again with this version")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{name} is not a manifest of shards ({error}): build the folder again") from error
+        raise InputError(f"{name} has format {version}, expected {FORMAT}: build the folder again with this version")

@@ -6,8 +6,9 @@ Tokens: 0 padding, 1 beginning, 2 end, 3 to 15 fillers, then keys up to vocab_si
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from slotmamba_data.errors import InputError
 
@@ -16,11 +17,49 @@ FIRST_FILLER, FIRST_KEY = 3, 16
 
 @dataclass(frozen=True)
 class MQARSetting:
-    """A length in tokens, a number of pairs, and the share of the rows (not the samples) relative to other settings."""
+    """One difficulty of samples.
+
+    Attributes:
+        length: tokens of a sample; of the decoder in the seq2seq form.
+        pairs: different keys.
+        weight: share of the rows (not the samples) relative to other settings.
+        updates: keys that are written once more, with another value, after all pairs; the last value counts
+            ("forgetting").
+        passes: how often pairs and updates are shown, one time after the other.
+    """
 
     length: int
     pairs: int
     weight: float = 1.0
+    updates: int = 0
+    passes: int = 1
+
+    @property
+    def context(self) -> int:
+        """Tokens of what is to be remembered."""
+        return 2 * (self.pairs + self.updates) * self.passes
+
+    @property
+    def name(self) -> str:
+        """Length, pairs and what is special, such as `64x8` or `64x8_updates4_passes2`."""
+        updates = f"_updates{self.updates}" if self.updates else ""
+        passes = f"_passes{self.passes}" if self.passes > 1 else ""
+        return f"{self.length}x{self.pairs}{updates}{passes}"
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """The setting of a `name`."""
+        parts = re.fullmatch(r"(\d+)x(\d+)(?:_updates(\d+))?(?:_passes(\d+))?", name)
+        assert parts is not None, name
+        length, pairs, updates, passes = parts.groups()
+        return cls(int(length), int(pairs), updates=int(updates or 0), passes=int(passes or 1))
+
+    @property
+    def title(self) -> str:
+        """The same in words."""
+        updates = f", {self.updates} written again" if self.updates else ""
+        passes = f", {self.passes} passes" if self.passes > 1 else ""
+        return f"{self.length} tokens, {self.pairs} pairs{updates}{passes}"
 
 
 @dataclass(frozen=True)
@@ -31,7 +70,8 @@ class MQARSpec:
         settings: lengths and numbers of pairs to mix; in the seq2seq form `length` is the decoder's.
         vocab_size: number of tokens, half of them values.
         form: `decoder`, pairs and queries in one sequence; `seq2seq`, the encoder sees `BOS k v k v ... EOS` and the
-            decoder `BOS q q ...`: every key once in random order, or as many as fit its length.
+            decoder `BOS q q ...`: every key once in random order, or as many as fit its length. The label at a query
+            is the value, and so the source document's target sequence.
         fillers: `outside` of the keys and values or `any` token; the seq2seq form has none.
         power: exponent a of the query gaps, whose i-th place is drawn with weight a * i^(a-1).
 
@@ -48,9 +88,9 @@ class MQARSpec:
     def __post_init__(self) -> None:
         if not self.settings:
             raise InputError("mqar.settings is empty")
-        shapes = [(setting.length, setting.pairs) for setting in self.settings]
-        if len(set(shapes)) < len(shapes):
-            raise InputError(f"mqar.settings lists a (length, pairs) twice: {shapes}")
+        names = [setting.name for setting in self.settings]
+        if len(set(names)) < len(names):
+            raise InputError(f"mqar.settings lists the same samples twice: {', '.join(names)}")
         if self.form not in ("decoder", "seq2seq") or self.fillers not in ("outside", "any"):
             raise InputError(f"mqar: unknown form {self.form!r} or fillers {self.fillers!r}")
         if self.form == "seq2seq" and self.fillers == "any":
@@ -64,14 +104,27 @@ class MQARSpec:
         shape = f"mqar setting of length {setting.length} with {setting.pairs} pairs"
         if setting.pairs < 1 or not setting.weight > 0:
             raise InputError(f"{shape} and weight {setting.weight}: expected at least one pair and a weight above 0")
-        if self.form == "decoder" and setting.length < 4 * setting.pairs:
-            raise InputError(f"{shape}: the length must be at least 4 times the pairs, {4 * setting.pairs}")
+        if not 0 <= setting.updates <= setting.pairs or setting.passes < 1:
+            raise InputError(
+                f"{shape}, {setting.updates} updates and {setting.passes} passes: expected at most as many updates as "
+                "pairs and at least one pass"
+            )
+        least = setting.context + 2 * setting.pairs
+        if self.form == "decoder" and setting.length < least:
+            raise InputError(
+                f"{shape}: the length must be at least {least}, {setting.context} tokens to remember and 2 a query"
+            )
         if self.form == "seq2seq" and setting.length < 2:
             raise InputError(f"{shape}: a decoder needs room for the beginning and one query, 2 tokens")
         if setting.pairs > self.num_keys:
             raise InputError(
                 f"{shape}: mqar.vocab_size={self.vocab_size} has only {max(self.num_keys, 0)} keys, "
                 f"expected at least {2 * (setting.pairs + self.first_key)}"
+            )
+        if setting.pairs + setting.updates > self.vocab_size - self.first_value:
+            raise InputError(
+                f"{shape} and {setting.updates} updates: mqar.vocab_size={self.vocab_size} has only "
+                f"{self.vocab_size - self.first_value} values, one for each pair and update is needed"
             )
 
     @property
@@ -89,5 +142,5 @@ class MQARSpec:
 
     @property
     def encoder_length(self) -> int | None:
-        """Encoder tokens of the sample with the most pairs, None without an encoder."""
-        return 2 * max(setting.pairs for setting in self.settings) + 2 if self.form == "seq2seq" else None
+        """Encoder tokens of the longest sample, None without an encoder."""
+        return max(setting.context for setting in self.settings) + 2 if self.form == "seq2seq" else None

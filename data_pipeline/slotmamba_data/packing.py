@@ -34,6 +34,7 @@ class Row:
         documents: the documents in the row, in order.
         encoder_tokens: int32 [S] in the seq2seq form, S the same for all rows of a source; else None.
         encoder_valid: bool [S], False on the encoder's padding; else None.
+        skipped: documents, or parts of them, that could not be read and were left out.
     """
 
     tokens: np.ndarray
@@ -44,6 +45,7 @@ class Row:
     documents: tuple[DocumentPart, ...]
     encoder_tokens: np.ndarray | None = None
     encoder_valid: np.ndarray | None = None
+    skipped: int = 0
 
 
 class RowPacker:
@@ -55,6 +57,7 @@ class RowPacker:
         self._doc_start = np.zeros(seq_len, dtype=np.int32)
         self._parts: list[DocumentPart] = []
         self._used = 0
+        self.skipped = 0
 
     def add(self, tokens: np.ndarray, labels: np.ndarray, part: DocumentPart) -> None:
         """Append (a part of) a document: integer tokens [n] and as many labels, or fewer: the rest have no loss."""
@@ -72,8 +75,8 @@ class RowPacker:
         valid = np.arange(len(self._tokens)) < self._used
         row = self._tokens, self._labels, self._doc_start, valid, source, tuple(self._parts)
         if encoder is None:
-            return Row(*row)
+            return Row(*row, skipped=self.skipped)
         assert encoder_length is not None
         padded = np.full(encoder_length, PAD, dtype=np.int32)
         padded[: len(encoder)] = encoder
-        return Row(*row, padded, np.arange(encoder_length) < len(encoder))
+        return Row(*row, padded, np.arange(encoder_length) < len(encoder), self.skipped)

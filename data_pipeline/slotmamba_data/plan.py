@@ -1,11 +1,13 @@
 """The global plan of a run's data: sample number n is a pure function of (sources, seq_len, seed, n).
 
 How many processes, workers or accumulation steps read it changes nothing: each asks for its own numbers. The state of a
-reader is therefore one number, and the fingerprint proves at resume that the plan is still the same.
+reader is therefore one number, and the fingerprint proves at resume that the plan is still the same. Only the weights
+of the sources may change at a resume, from there on; the state remembers what they were before.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +16,18 @@ from typing import Any, Self
 from slotmamba_data.errors import InputError
 from slotmamba_data.files import sha256_hex
 from slotmamba_data.packing import Row
-from slotmamba_data.schedule import Schedule
-from slotmamba_data.sources import Contents, Source, open_source
+from slotmamba_data.row_source import Contents
+from slotmamba_data.schedule import Era, Piece, Turns, mixture
+from slotmamba_data.shard_reader import ShardFolder
+from slotmamba_data.shard_rows import Reading
+from slotmamba_data.sources import Source, open_source
 
-VERSION = 1  # raised whenever the same sources, seq_len and seed would give other rows
+VERSION = 2  # raised whenever the same sources, seq_len and seed would give other rows
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """A source within a plan: its name, kind, share of the rows (0 to 1) and what it holds."""
+    """A source within a plan: its name, kind, share of the rows (0 to 1) at row 0 and what it holds."""
 
     name: str
     kind: str
@@ -30,23 +35,33 @@ class SourceReport:
     contents: Contents
 
 
-class Plan:
-    """An endless sequence of rows; `plan[n]` is row n >= 0, whatever was read before.
+@dataclass(frozen=True)
+class SourceProgress:
+    """How far a source is after some rows of the plan: its share of them, and epochs, None without end."""
 
-    The sources take turns by weight. All rows have `seq_len` tokens, so shares of rows are shares of tokens; after any
-    number of rows a source is within ceil(log2(sources)) / 2 rows of its share.
+    share: float
+    epochs: float | None
+
+
+class Plan:
+    """A sequence of rows; `plan[n]` is row n >= 0, whatever was read before.
+
+    The sources take turns by weight, which may change at given rows. All rows have `seq_len` tokens, so shares of rows
+    are shares of tokens, padding included; after any number of rows a source is within ceil(log2(sources)) / 2 rows of
+    what is due to it.
 
     Attributes:
         sources: as given.
         seq_len: tokens of a row.
         seed: of all orders and samples.
         vocab_size: every token of every source is below.
+        turns: which source each row is of, and where its weights come from.
         tokenizers: digests of the tokenizers of its text; one, or none when there is no text.
-        components: name and digest (or value) of everything that decides the rows.
+        components: name and digest (or value) of everything that decides the rows but for the weights.
         fingerprint: SHA-256 over the components.
     """
 
-    def __init__(self, sources: Sequence[Source], seq_len: int, seed: int, split: str) -> None:
+    def __init__(self, sources: Sequence[Source], seq_len: int, seed: int, split: str, reading: Reading) -> None:
         names = [source.name for source in sources]
         if not names or len(set(names)) != len(names):
             raise InputError(f"a plan needs sources with distinct names, not {names}")
@@ -55,8 +70,9 @@ class Plan:
         self.sources = tuple(sources)
         self.seq_len = seq_len
         self.seed = seed
-        self._rows = [open_source(source, index, seq_len, seed, split) for index, source in enumerate(sources)]
-        self._schedule = Schedule([source.weight for source in sources])
+        self._split, self._reading = split, reading
+        self.turns = Turns([Era(0, tuple(_mixture(sources)))])
+        self._rows = [open_source(source, index, seq_len, seed, split, reading) for index, source in enumerate(sources)]
         self.vocab_size = max(rows.vocab_size for rows in self._rows)
         self.tokenizers = frozenset(rows.tokenizer for rows in self._rows if rows.tokenizer is not None)
         if len(self.tokenizers) > 1:
@@ -75,9 +91,13 @@ class Plan:
             "order of sources": ", ".join(source.name for source in self.sources),
         }
         for source, rows in zip(self.sources, self._rows, strict=True):
-            components[f"source {source.name}: weight"] = repr(float(source.weight))
             components |= {f"source {source.name}: {name}": value for name, value in rows.components.items()}
         return components
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Other processes open it for themselves."""
+        arguments = self.sources, self.seq_len, self.seed, self._split, self._reading, self.turns.eras
+        return _reopened, arguments
 
     def __getitem__(self, number: int) -> Row:
         """Row `number`.
@@ -94,7 +114,27 @@ class Plan:
         """The index of the source of row `number`, and the number of the row within that source."""
         if number < 0:
             raise IndexError(f"row {number}: rows are numbered from 0")
-        return self._schedule.locate(number)
+        return self.turns.locate(number)
+
+    def with_turns(self, turns: Turns) -> Plan:
+        """The same plan, whose sources take other turns. It shares the open files with this one."""
+        plan = object.__new__(type(self))
+        plan.__dict__.update(self.__dict__)
+        plan.turns = turns
+        return plan
+
+    def ends(self) -> tuple[int, str] | None:
+        """How many rows there are, and the name of the source that has no more; None without end.
+
+        Where a source fits documents whole this reads all its indexes.
+        """
+        ends = []
+        for index, (source, rows) in enumerate(zip(self.sources, self._rows, strict=True)):
+            epoch = rows.rows_per_epoch() if source.on_exhausted == "stop" else None
+            row = None if epoch is None else self.turns.position(index, epoch)
+            if row is not None:
+                ends.append((row, source.name))
+        return min(ends, default=None)
 
     def encoder_length(self, source: int) -> int | None:
         """Encoder tokens of the rows of a source, None when it has no encoder."""
@@ -102,11 +142,31 @@ class Plan:
 
     def describe(self) -> tuple[SourceReport, ...]:
         """What each source holds, and its share of the rows."""
-        total = sum(source.weight for source in self.sources)
+        weights = self.turns.eras[0].pieces[0].weights
         return tuple(
-            SourceReport(source.name, source.kind, source.weight / total, rows.contents)
-            for source, rows in zip(self.sources, self._rows, strict=True)
+            SourceReport(source.name, source.kind, weight / sum(weights), rows.contents())
+            for source, rows, weight in zip(self.sources, self._rows, weights, strict=True)
         )
+
+    def progress(self, rows: int) -> dict[str, SourceProgress]:
+        """How far each source is after `rows` >= 1 rows."""
+        counts = self.turns.counts(rows)
+        return {
+            source.name: SourceProgress(count / rows, own.epochs(count))
+            for source, own, count in zip(self.sources, self._rows, counts, strict=True)
+        }
+
+    def folder(self, source: int) -> ShardFolder | None:
+        """The shards of a source, None where samples are generated."""
+        return self._rows[source].folder
+
+    def cut_documents(self, source: int) -> int:
+        """How many documents of a source are in more than one row of its first epoch; reads all its indexes."""
+        return self._rows[source].cut_documents()
+
+    def origins(self, row: Row) -> list[str]:
+        """Where each document of a row comes from, in words."""
+        return [self._rows[row.source].origin(part) for part in row.documents]
 
     def close(self) -> None:
         """Close all files; reading opens them again."""
@@ -114,7 +174,24 @@ class Plan:
             rows.close()
 
 
-def open_plan(sources: Sequence[Source], seq_len: int, seed: int, *, split: str = "train") -> Plan:
+def _mixture(sources: Sequence[Source]) -> list[Piece]:
+    pieces = mixture([source.weight for source in sources], [source.changes for source in sources])
+    for piece, later in itertools.zip_longest(pieces, pieces[1:]):
+        if not any(piece.weights):
+            until = "on" if later is None else f"to {later.first - 1}"
+            raise InputError(f"no source has a weight above 0 in rows from {piece.first} {until}")
+    return pieces
+
+
+def _reopened(
+    sources: Sequence[Source], seq_len: int, seed: int, split: str, reading: Reading, eras: Sequence[Era]
+) -> Plan:
+    return Plan(sources, seq_len, seed, split, reading).with_turns(Turns(eras))
+
+
+def open_plan(
+    sources: Sequence[Source], seq_len: int, seed: int, *, split: str = "train", reading: Reading | None = None
+) -> Plan:
     """Open the plan of `sources`.
 
     Args:
@@ -122,15 +199,17 @@ def open_plan(sources: Sequence[Source], seq_len: int, seed: int, *, split: str 
         seq_len: tokens of a row.
         seed: of all orders and samples.
         split: part of every draw, so that generated validation samples are never those of training.
+        reading: how rows are made of shards.
 
     Raises:
-        InputError: a folder of shards is missing, incomplete or damaged, or samples do not fit the rows; says which.
+        InputError: a folder of shards is missing, incomplete or damaged, samples do not fit the rows, or at some row no
+            source has a weight; says which.
     """
-    return Plan(sources, seq_len, seed, split)
+    return Plan(sources, seq_len, seed, split, reading or Reading())
 
 
 def check_fingerprint(saved: Mapping[str, Any], plan: Plan) -> None:
-    """Refuse to go on with other data than before.
+    """Refuse to go on with other data than before; other weights are no other data.
 
     Args:
         saved: a reader's state (`PlanReader.state`).
@@ -179,11 +258,19 @@ class PlanReader:
         self.samples_consumed += rows
         return batch
 
+    def close(self) -> None:
+        """Close the plan's files; reading opens them again."""
+        self.plan.close()
+
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must keep, JSON values: seed, samples_consumed, fingerprint, components."""
+        """What a checkpoint must keep, JSON values: seed, samples_consumed, weights, fingerprint, components."""
         return {
             "seed": self.plan.seed,
             "samples_consumed": self.samples_consumed,
+            "weights": [
+                [era.first, [[piece.first, list(piece.weights)] for piece in era.pieces]]
+                for era in self.plan.turns.eras
+            ],
             "fingerprint": self.plan.fingerprint,
             "components": dict(self.plan.components),
         }
@@ -192,8 +279,14 @@ class PlanReader:
     def from_state(cls, plan: Plan, state: Mapping[str, Any]) -> Self:
         """A reader that goes on where `state` was taken.
 
+        Its plan has the weights of the state for the rows before, and those of `plan` from there on.
+
         Raises:
             InputError: the plan is not the one of the state; says what differs.
         """
         check_fingerprint(state, plan)
-        return cls(plan, state["samples_consumed"])
+        consumed = state["samples_consumed"]
+        before = Turns(
+            [Era(row, tuple(Piece(first, tuple(weights)) for first, weights in era)) for row, era in state["weights"]]
+        )
+        return cls(plan.with_turns(before.followed_by(plan.turns.eras[-1].pieces, consumed)), consumed)

@@ -1,4 +1,4 @@
-"""Tokens and text: a sentencepiece model that gives every text back exactly, whole or token by token."""
+"""Tokens and text: a tokenizer that gives every text back exactly, whole or token by token."""
 
 from __future__ import annotations
 
@@ -7,61 +7,52 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 
 from slotmamba_data.errors import InputError
 from slotmamba_data.files import naming, sha256_hex
 from slotmamba_data.text import is_unicode
-from slotmamba_data.tokenizer_file import find_tokenizer
+from slotmamba_data.tokenizer_file import JSON_NAME, find_tokenizer, tokenizer_name
+from slotmamba_data.tokenizer_models import SPACE_MARK, HuggingFaceModel, SentencePieceModel, TokenizerModel
 
-# Sentencepiece writes a space as this character and so would read the character itself back as a space.
-SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"
-_PROBE = " a  b\tc\r\n\0\N{LATIN SMALL LETTER E WITH ACUTE}\N{GRINNING FACE}" + SPACE_MARK
+_PROBE = " a  b\tc\r\n\0\N{LATIN SMALL LETTER E WITH ACUTE}\N{GRINNING FACE}"
 
 
 class Tokenizer:
-    """A sentencepiece model made by `slotmamba data tokenizer`.
+    """A sentencepiece model, made by `slotmamba data tokenizer` or elsewhere, or a Hugging Face `tokenizer.json`.
 
     Attributes:
-        path: the model file.
-        digest: SHA-256 of the model file, hexadecimal; shards carry it.
+        path: its file.
+        digest: SHA-256 of the file, hexadecimal; shards carry it.
         vocab_size: number of tokens.
-        pad_id, bos_id, eos_id: padding, beginning and end of a document.
+        pad_id, bos_id, eos_id: padding (-1 where there is none), beginning and end of a document.
+        prefix: what it puts before every text: nothing, or a space (many sentencepiece models).
 
     Raises:
-        InputError: no such file, not a sentencepiece model, or one that does not give every text back.
+        InputError: no such file, not a tokenizer, one that does not give every text back, or one without tokens for
+            the beginning and the end of a document.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = find_tokenizer(path)
         with naming(self.path):
-            model = self.path.read_bytes()
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise InputError(f"tokenizer {self.path} is not a sentencepiece model") from error
-        self.digest = sha256_hex(model)
-        self.vocab_size: int = self._processor.get_piece_size()
-        self.pad_id: int = self._processor.pad_id()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        self._bytes = [self._bytes_of(token) for token in range(self.vocab_size)]
-        self._space_mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        if min(self.pad_id, self.bos_id, self.eos_id) < 0 or self.decode(self.encode(_PROBE)) != _PROBE:
+            content = self.path.read_bytes()
+        json = tokenizer_name(self.path) == JSON_NAME
+        self._model: TokenizerModel = (HuggingFaceModel if json else SentencePieceModel)(content, self.path)
+        self.digest = sha256_hex(content)
+        self.vocab_size = len(self._model.pieces)
+        self.pad_id, self.bos_id, self.eos_id = self._model.pad_id, self._model.bos_id, self._model.eos_id
+        self.prefix = self.decode(self.encode("a")).removesuffix("a")
+        # A model that puts a space before every text has none for the mark of a space.
+        probe = _PROBE if self.prefix else _PROBE + SPACE_MARK
+        if min(self.bos_id, self.eos_id) < 0 or not self.gives_back(probe):
             raise InputError(
-                f"tokenizer {self.path} does not give every text back, or lacks a token for padding, beginning or end: "
+                f"tokenizer {self.path} does not give every text back, or lacks a token for beginning or end: "
                 "make one with `slotmamba data tokenizer`"
             )
 
-    def _bytes_of(self, token: int) -> bytes:
-        piece = self._processor.id_to_piece(token)
-        if self._processor.is_control(token):
-            return b""
-        if self._processor.is_unknown(token):
-            return b"\xef\xbf\xbd"  # U+FFFD; byte fallback never encodes to it, but a model may say it
-        if self._processor.is_byte(token):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace(SPACE_MARK, " ").encode()
+    def gives_back(self, text: str) -> bool:
+        """Whether decoding gives what was encoded."""
+        return self.decode(self.encode(text)) == self.prefix + text
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of `text`, without beginning and end: int32 [tokens].
@@ -71,15 +62,10 @@ class Tokenizer:
         """
         if not is_unicode(text):
             raise InputError("the text holds half a surrogate pair, which is no character")
-        tokens: list[int] = []
-        for number, part in enumerate(text.split(SPACE_MARK)):
-            if number:
-                tokens += self._space_mark
-            tokens += self._processor.encode(part)
-        return np.asarray(tokens, dtype=np.int32)
+        return np.asarray(self._model.encode(text), dtype=np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of `tokens`; special tokens are nothing, bytes that are not UTF-8 become U+FFFD.
+        """The text of `tokens` after the `prefix`; special tokens are nothing, bytes that are not UTF-8 become U+FFFD.
 
         Raises:
             InputError: a token is outside the vocabulary.
@@ -94,7 +80,7 @@ class Tokenizer:
         """
         if not 0 <= token < self.vocab_size:
             raise InputError(f"token {token} is outside the {self.vocab_size} of tokenizer {self.path}")
-        return self._bytes[token]
+        return self._model.pieces[token]
 
 
 class StreamDecoder:

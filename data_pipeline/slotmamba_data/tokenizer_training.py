@@ -1,4 +1,4 @@
-"""Train a lossless sentencepiece tokenizer and write down what it was made of."""
+"""Train a lossless sentencepiece tokenizer, or take one from elsewhere, and write down what it is made of."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +21,13 @@ import sentencepiece
 from slotmamba_data.errors import InputError
 from slotmamba_data.files import naming, sha256_hex, write_file
 from slotmamba_data.text import open_text
-from slotmamba_data.tokenizer import SPACE_MARK, Tokenizer
-from slotmamba_data.tokenizer_file import MODEL_NAME
+from slotmamba_data.tokenizer import Tokenizer
+from slotmamba_data.tokenizer_file import JSON_NAME, MODEL_NAME, tokenizer_name
+from slotmamba_data.tokenizer_models import SPACE_MARK
+from slotmamba_data.tokenizer_report import Measurement, measure
 
 REPORT_NAME = "report.json"
 SENTENCE_BYTES = 4096  # the trainer drops longer lines; ours are split before it sees them
-MEASURED_BYTES = 4 * 1024 * 1024  # text on which bytes per token is measured: the beginning of the corpus
 # Sentencepiece keeps this character for itself and skips every line that holds it.
 _RESERVED = "\N{LOWER FIVE EIGHTHS BLOCK}"
 # The model file records the number of threads and unigram's sums depend on it: one number for every machine.
@@ -55,7 +58,9 @@ class TokenizerReport:
         split_lines: lines longer than `SENTENCE_BYTES`, which were split.
         skipped_lines: lines that the trainer cannot take, because they hold its reserved character U+2585.
         sampled_sentences: how many (split) lines the trainer looked at, at most `input_sentence_size`.
-        bytes_per_token: UTF-8 bytes of text to a token, over `measured_bytes` at the beginning of the corpus.
+        measured_on: names of the validation inputs, or of those it was trained on.
+        measured: how it does on them.
+        bytes_per_token: UTF-8 bytes of text to a token, over all of that.
     """
 
     model_sha256: str
@@ -67,8 +72,9 @@ class TokenizerReport:
     split_lines: int
     skipped_lines: int
     sampled_sentences: int
+    measured_on: tuple[str, ...]
+    measured: Measurement
     bytes_per_token: float
-    measured_bytes: int
 
 
 @dataclass
@@ -81,19 +87,19 @@ class _Corpus:
     split_lines: int = 0
     skipped_lines: int = 0
 
-    def sample(self, size: int, seed: int) -> list[str]:
-        """At most `size` sentences of all, each as likely as the others (Vitter's algorithm R).
+    def sample(self, size: int, seed: int, weights: Sequence[float] | None) -> list[str]:
+        """At most `size` sentences: of all, each as likely as the others, or with `weights` such that the bytes of the
+        inputs are in that proportion, as many as that allows.
 
         Sentencepiece could draw them too, but its draw cannot be seeded.
         """
         generator = random.Random(seed)
-        sample: list[str] = []
-        for number, sentence in enumerate(itertools.chain.from_iterable(map(self._read, self.specs))):
-            if number < size:
-                sample.append(sentence)
-            elif (place := int(generator.random() * (number + 1))) < size:
-                sample[place] = sentence
-        return sample
+        if weights is None:
+            return _draw(itertools.chain.from_iterable(map(self._read, self.specs)), size, generator)
+        drawn = [_draw(self._read(spec), size, generator) for spec in self.specs]
+        for sentences in drawn:
+            generator.shuffle(sentences)
+        return _in_proportion(drawn, weights, size)
 
     def _read(self, spec: str | Path) -> Iterator[str]:
         digest = hashlib.sha256()
@@ -117,6 +123,28 @@ class _Corpus:
         self.split_lines += len(line.encode()) > SENTENCE_BYTES
         for part in line.split(SPACE_MARK):  # encoding cuts there too
             yield from split_line(part, SENTENCE_BYTES)
+
+
+def _draw(sentences: Iterable[str], size: int, generator: random.Random) -> list[str]:
+    """At most `size` of the sentences, each as likely as the others (Vitter's algorithm R)."""
+    sample: list[str] = []
+    for number, sentence in enumerate(sentences):
+        if number < size:
+            sample.append(sentence)
+        elif (place := int(generator.random() * (number + 1))) < size:
+            sample[place] = sentence
+    return sample
+
+
+def _in_proportion(drawn: Sequence[list[str]], weights: Sequence[float], size: int) -> list[str]:
+    """The first sentences of each input, whose bytes are in proportion to the weights, at most `size` in all."""
+    ends = [list(itertools.accumulate(len(sentence.encode()) for sentence in sentences)) for sentences in drawn]
+    budget = min(own[-1] / weight if own else 0.0 for own, weight in zip(ends, weights, strict=True))
+    while True:
+        counts = [bisect_right(own, budget * weight) for own, weight in zip(ends, weights, strict=True)]
+        if sum(counts) <= size:
+            return [sentence for sentences, count in zip(drawn, counts, strict=True) for sentence in sentences[:count]]
+        budget *= size / sum(counts)
 
 
 def split_line(line: str, limit: int) -> Iterator[str]:
@@ -143,6 +171,8 @@ def train_tokenizer(
     model_type: Literal["bpe", "unigram"] = "bpe",
     input_sentence_size: int = 1_000_000,
     seed: int = 0,
+    weights: Sequence[float] | None = None,
+    validation: Sequence[str | Path] = (),
 ) -> TokenizerReport:
     """Train a tokenizer on `inputs` and write `tokenizer.model` and `report.json` into the folder `output`.
 
@@ -157,6 +187,9 @@ def train_tokenizer(
         model_type: byte-pair merges or a unigram language model (slower).
         input_sentence_size: lines to look at, drawn from all lines when there are more: bounds time and memory.
         seed: of that draw.
+        weights: of the inputs in a mixture: the bytes that the trainer looks at are in that proportion, as many as the
+            scarcest input allows. By default every line of all inputs is as likely as the others.
+        validation: inputs to measure it on; by default the beginning of each source that it was trained on.
 
     Raises:
         InputError: an input cannot be read, or the vocabulary does not suit the corpus (too large, too small).
@@ -171,15 +204,20 @@ def train_tokenizer(
     for name in ("vocab_size", "input_sentence_size"):
         if arguments[name] < 1:
             raise InputError(f"{name}={arguments[name]}: expected at least 1")
+    if weights is not None:
+        if len(weights) != len(inputs) or not all(weight > 0 for weight in weights):
+            raise InputError(f"weights {list(weights)}: expected one above 0 for each of {len(inputs)} inputs")
+        arguments["weights"] = list(weights)
     corpus = _Corpus(inputs)
-    sentences = corpus.sample(input_sentence_size, seed)
+    sentences = corpus.sample(input_sentence_size, seed, weights)
     if not sentences:
         raise InputError("the inputs hold no line of text to train a tokenizer on")
     model = _train(sentences, vocab_size, model_type)
     with naming(output):
         output.mkdir(parents=True, exist_ok=True)
     write_file(output / MODEL_NAME, model)
-    bytes_per_token, measured = _measure(Tokenizer(output / MODEL_NAME), inputs)
+    tokenizer = Tokenizer(output / MODEL_NAME)
+    measured = measure(tokenizer, validation, limit=None) if validation else measure(tokenizer, inputs)
     report = TokenizerReport(
         model_sha256=sha256_hex(model),
         corpus_sha256=sha256_hex("".join(entry.sha256 for entry in corpus.inputs).encode()),
@@ -190,11 +228,61 @@ def train_tokenizer(
         split_lines=corpus.split_lines,
         skipped_lines=corpus.skipped_lines,
         sampled_sentences=len(sentences),
-        bytes_per_token=bytes_per_token,
-        measured_bytes=measured,
+        measured_on=tuple(map(str, validation or inputs)),
+        measured=measured,
+        bytes_per_token=measured.bytes_per_token,
     )
-    write_file(output / REPORT_NAME, (json.dumps(dataclasses.asdict(report), indent=1) + "\n").encode())
+    _write_report(output, report)
     return report
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """An imported tokenizer, as saved beside it: where it came from, digest of the file, and what was measured."""
+
+    imported_from: str
+    model_sha256: str
+    vocab_size: int
+    versions: dict[str, str]
+    measured_on: tuple[str, ...]
+    measured: Measurement
+    bytes_per_token: float
+
+
+def import_tokenizer(path: str | Path, output: Path, *, validation: Sequence[str | Path]) -> ImportReport:
+    """Copy a sentencepiece model or a Hugging Face `tokenizer.json` into the folder `output`, and measure it.
+
+    Args:
+        path: the file, or its folder.
+        output: folder, made when missing, for `tokenizer.model` or `tokenizer.json`, and `report.json`.
+        validation: inputs to measure it on.
+
+    Raises:
+        InputError: it cannot be used (`Tokenizer` says why), or an input cannot be read.
+        OSError: the output cannot be written.
+    """
+    tokenizer = Tokenizer(path)
+    measured = measure(tokenizer, validation, limit=None)
+    name = tokenizer_name(tokenizer.path)
+    package = "tokenizers" if name == JSON_NAME else "sentencepiece"
+    report = ImportReport(
+        imported_from=str(path),
+        model_sha256=tokenizer.digest,
+        vocab_size=tokenizer.vocab_size,
+        versions={package: metadata.version(package)},
+        measured_on=tuple(map(str, validation)),
+        measured=measured,
+        bytes_per_token=measured.bytes_per_token,
+    )
+    with naming(output):
+        output.mkdir(parents=True, exist_ok=True)
+    write_file(output / name, tokenizer.path.read_bytes())
+    _write_report(output, report)
+    return report
+
+
+def _write_report(output: Path, report: TokenizerReport | ImportReport) -> None:
+    write_file(output / REPORT_NAME, (json.dumps(dataclasses.asdict(report), indent=1) + "\n").encode())
 
 
 def _train(sentences: list[str], vocab_size: int, model_type: str) -> bytes:
@@ -224,15 +312,3 @@ def _train(sentences: list[str], vocab_size: int, model_type: str) -> bytes:
         reason = reason.removesuffix(" or decrease character_coverage with --character_coverage option.")
         raise InputError(f"sentencepiece cannot train {vocab_size} tokens: {reason}") from error
     return model.getvalue()
-
-
-def _measure(tokenizer: Tokenizer, inputs: Sequence[str | Path]) -> tuple[float, int]:
-    """Bytes per token over the first `MEASURED_BYTES` of the inputs or a little more, and how many bytes those are."""
-    size = tokens = 0
-    for spec in inputs:
-        for document in open_text(spec):
-            size += len(document.encode())
-            tokens += len(tokenizer.encode(document))
-            if size >= MEASURED_BYTES:
-                return size / tokens, size
-    return size / tokens, size

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slotmamba.batch import check_data, plan_source
+from slotmamba.batch import check_data, plan_source, validation_plan
 from slotmamba.config.data import SourceConfig
 from slotmamba.config.schema import Recipe
 from slotmamba.device import compute_precision
@@ -19,7 +19,7 @@ from slotmamba.evaluate.pulse import Pulse
 from slotmamba.evaluate.validation import Validation
 from slotmamba.models import SlotMamba
 from slotmamba.tables import table
-from slotmamba_data import ShardFolder, Source, Tokenizer, open_plan
+from slotmamba_data import ShardFolder, Source, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,15 @@ def _label_counts(source: Source) -> np.ndarray:
         raise InputError(f"source {source.name!r} is not text: expected one of kind lm")
     folder = ShardFolder(source.shards)
     if folder.manifest.kind != "lm":
-        raise InputError(f"source {source.name!r}: {folder.path} holds data of kind {folder.manifest.kind}, not lm")
+        raise InputError(f"source {source.name!r}: {folder.location} holds data of kind {folder.manifest.kind}, not lm")
     counts = np.zeros(folder.manifest.vocab_size, dtype=np.int64)
     try:
-        for document in range(len(folder.counts)):
+        for document in range(folder.manifest.documents):
             counts += np.bincount(folder.tokens(document, 1), minlength=len(counts))
     finally:
         folder.close()
     if not counts.any():
-        raise InputError(f"source {source.name!r}: {folder.path} has no document of two tokens or more")
+        raise InputError(f"source {source.name!r}: {folder.location} has no document of two tokens or more")
     return counts
 
 
@@ -129,7 +129,7 @@ def _measure(
     pulse: Pulse,
 ) -> SourcePerplexity:
     source = plan_source(config)
-    with closing(open_plan([source], recipe.data.seq_len, recipe.seed, split="validation")) as plan:
+    with closing(validation_plan(recipe, source)) as plan:
         check_data(recipe, [plan])
         rows = plan.describe()[0].contents.rows_per_epoch
     assert rows is not None

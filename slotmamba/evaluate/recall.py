@@ -1,4 +1,5 @@
-"""Recall on the published MQAR test settings, by setting and by the gap between a value and the query for it."""
+"""Recall by setting and by the gap between a value and the query for it: on the published MQAR test settings, and on
+those of the run's own whose keys are written again or whose pairs are shown several times."""
 
 from __future__ import annotations
 
@@ -38,20 +39,32 @@ class GapRecall:
 class SettingRecall:
     """Recall at one setting: the share of queries whose likeliest token, of the whole vocabulary, is the value.
 
-    trained: whether training has samples as long, and samples with as many pairs; gaps: buckets [2^i, 2^(i+1)) with
-    queries.
+    length, pairs, updates, passes: of the samples (`MQARSetting`); trained: whether training has samples as long, and
+    samples with as many pairs; gaps: buckets [2^i, 2^(i+1)) with queries.
     """
 
     length: int
     pairs: int
+    updates: int
+    passes: int
     trained: bool
     recall: float
     gaps: tuple[GapRecall, ...]
 
+    @property
+    def published(self) -> bool:
+        """Whether it is one of the published settings, which have neither updates nor several passes."""
+        return not self.updates and self.passes == 1
+
+    @property
+    def name(self) -> str:
+        return MQARSetting(self.length, self.pairs, updates=self.updates, passes=self.passes).title
+
 
 @dataclass(frozen=True)
 class RecallReport:
-    """spec: the samples; settings: results; left_out: published settings whose pairs the vocabulary has no keys for."""
+    """spec: the samples; settings: results, the published settings first; left_out: published settings whose pairs the
+    vocabulary has no keys for."""
 
     spec: MQARSpec
     samples: int
@@ -60,7 +73,20 @@ class RecallReport:
 
     @property
     def mean(self) -> float:
-        return float(np.mean([setting.recall for setting in self.settings]))
+        """Over the published settings."""
+        return float(np.mean([setting.recall for setting in self.settings if setting.published]))
+
+    @property
+    def gaps(self) -> tuple[GapRecall, ...]:
+        """Recall by gap over the queries of all settings."""
+        buckets: dict[tuple[int, int], list[GapRecall]] = {}
+        for gap in (gap for setting in self.settings for gap in setting.gaps):
+            buckets.setdefault((gap.first, gap.past), []).append(gap)
+        pooled = []
+        for (first, past), some in sorted(buckets.items()):
+            answers = sum(gap.answers for gap in some)
+            pooled.append(GapRecall(first, past, answers, sum(gap.answers * gap.recall for gap in some) / answers))
+        return tuple(pooled)
 
     def as_json(self) -> dict[str, Any]:
         spec = {name: getattr(self.spec, name) for name in ("form", "vocab_size", "fillers", "power")}
@@ -69,20 +95,24 @@ class RecallReport:
             "samples_per_setting": self.samples,
             "mean": self.mean,
             "settings": [asdict(setting) for setting in self.settings],
+            "gaps": [asdict(gap) for gap in self.gaps],
             "left_out": [{"length": each.length, "pairs": each.pairs} for each in self.left_out],
         }
 
     def text(self) -> str:
-        buckets = sorted({(gap.first, gap.past) for setting in self.settings for gap in setting.gaps})
+        pooled = self.gaps
         rows = []
         for setting in self.settings:
             by_gap = {gap.first: f"{gap.recall:.3f}" for gap in setting.gaps}
-            name = f"{setting.length} tokens, {setting.pairs} pairs{'' if setting.trained else ' *'}"
-            rows.append((name, f"{setting.recall:.3f}", *(by_gap.get(first, "") for first, _ in buckets)))
-        header = ("setting", "recall", *(f"gap {first}-{past - 1}" for first, past in buckets))
+            name = f"{setting.name}{'' if setting.trained else ' *'}"
+            rows.append((name, f"{setting.recall:.3f}", *(by_gap.get(gap.first, "") for gap in pooled)))
+        rows.append(("all queries", "", *(f"{gap.recall:.3f}" for gap in pooled)))
+        header = ("setting", "recall", *(f"gap {gap.first}-{gap.past - 1}" for gap in pooled))
+        published = sum(setting.published for setting in self.settings)
+        kind = "settings" if published == len(self.settings) else "published settings"
         lines = [
             table(header, rows),
-            f"mean of {len(self.settings)} settings: {self.mean:.3f} ({self.samples} samples each, "
+            f"mean of {published} {kind}: {self.mean:.3f} ({self.samples} samples each, "
             f"vocabulary {self.spec.vocab_size}, fillers {self.spec.fillers}, form {self.spec.form})",
         ]
         if not all(setting.trained for setting in self.settings):
@@ -101,8 +131,10 @@ class RecallReport:
         def draw(axes: Axes) -> None:
             for setting in self.settings:
                 centres = [(gap.first * gap.past) ** 0.5 for gap in setting.gaps]
-                label = f"{setting.length} tokens, {setting.pairs} pairs: {setting.recall:.3f}"
-                axes.plot(centres, [gap.recall for gap in setting.gaps], marker="o", markersize=4, label=label)
+                recalls = [gap.recall for gap in setting.gaps]
+                label = f"{setting.name}: {setting.recall:.3f}"
+                style = "-" if setting.published else "--"
+                axes.plot(centres, recalls, style, marker="o", markersize=4, label=label)
             axes.set_xscale("log", base=2)
             axes.set_ylim(-0.02, 1.02)
             axes.set_ylabel("recall (share of answers that are right)")
@@ -115,7 +147,8 @@ class RecallReport:
 def evaluate(
     model: SlotMamba, recipe: Recipe, device: torch.device, pulse: Pulse, samples: int = SAMPLES
 ) -> RecallReport:
-    """Recall on those of the seven published test settings that the vocabulary has keys for, on fresh samples.
+    """Recall on fresh samples of those of the seven published test settings that the vocabulary has keys for, and of
+    the run's own settings with updates or several passes.
 
     Vocabulary, fillers and form are those of the run's first recall source. A run without one is asked with the
     published vocabulary.
@@ -134,12 +167,24 @@ def evaluate(
         raise InputError(
             f"the recall samples of {recipe.name} have {spec.num_keys} keys, fewer than any published setting needs"
         )
+    left_out = tuple(setting for setting in PUBLISHED_TEST if setting not in settings)
+    settings += _special(recipe, spec)
     return RecallReport(
         spec=replace(spec, settings=tuple(settings)),
         samples=samples,
         settings=tuple(_measure(model, recipe, spec, setting, samples, device, pulse) for setting in settings),
-        left_out=tuple(setting for setting in PUBLISHED_TEST if setting not in settings),
+        left_out=left_out,
     )
+
+
+def _special(recipe: Recipe, spec: MQARSpec) -> list[MQARSetting]:
+    """The run's settings with updates or several passes, of sources whose samples are otherwise those of `spec`."""
+    found: dict[str, MQARSetting] = {}
+    for source in (*recipe.data.validation, *recipe.data.sources):
+        if source.kind == "mqar" and replace(own := _source_spec(source), settings=spec.settings) == spec:
+            special = (setting for setting in own.settings if setting.updates or setting.passes > 1)
+            found |= {setting.name: setting for setting in special}
+    return list(found.values())
 
 
 def _spec(recipe: Recipe) -> MQARSpec:
@@ -157,7 +202,9 @@ def _source_spec(source: SourceConfig) -> MQARSpec:
     folder = ShardFolder(source.shards)
     content = folder.manifest.about.get("spec")
     if content is None:
-        raise InputError(f"source {source.name!r}: {folder.path} does not say what samples it holds; build it again")
+        raise InputError(
+            f"source {source.name!r}: {folder.location} does not say what samples it holds; build it again"
+        )
     settings = tuple(MQARSetting(**setting) for setting in content["settings"])
     return MQARSpec(**(content | {"settings": settings}))
 
@@ -171,12 +218,11 @@ def _measure(
     device: torch.device,
     pulse: Pulse,
 ) -> SettingRecall:
-    name = f"{setting.length} tokens, {setting.pairs} pairs"
     # As many tokens at once as in training.
     batch = max(1, recipe.train.micro_batch * recipe.data.seq_len // setting.length)
     gaps, right = [], []
     for first in range(0, samples, batch):
-        pulse.tick(f"{name}: {first:,} of {samples:,} samples")
+        pulse.tick(f"{setting.title}: {first:,} of {samples:,} samples")
         numbers = np.arange(first, min(first + batch, samples))
         drawn = generate_mqar(spec, setting, numbers, seed=recipe.seed, stream="evaluation")
         gaps.append(drawn.gaps.ravel())
@@ -185,8 +231,16 @@ def _measure(
     trained = any(each.length >= setting.length for each in seen) and any(each.pairs >= setting.pairs for each in seen)
     all_gaps, all_right = np.concatenate(gaps), np.concatenate(right)
     found = float(all_right.mean())
-    pulse.say(f"{name}: recall {found:.3f}")
-    return SettingRecall(setting.length, setting.pairs, trained, found, _by_gap(all_gaps, all_right))
+    pulse.say(f"{setting.title}: recall {found:.3f}")
+    return SettingRecall(
+        length=setting.length,
+        pairs=setting.pairs,
+        updates=setting.updates,
+        passes=setting.passes,
+        trained=trained,
+        recall=found,
+        gaps=_by_gap(all_gaps, all_right),
+    )
 
 
 @torch.no_grad()

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from slotmamba.batch import Batch, plan_source
+from slotmamba.batch import Batch, plan_source, validation_plan
 from slotmamba.config.schema import Recipe
 from slotmamba.models import SlotMamba
 from slotmamba.models.slotmamba import TokenLosses
 from slotmamba.world import World
-from slotmamba_data import Plan, Source, open_plan
+from slotmamba_data import Plan, Source
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Validation:
         self._rows = recipe.train.eval_rows
         self._micro_batch = recipe.train.micro_batch
         self._parts = [
-            _Part(source.name, recall, open_plan([part], recipe.data.seq_len, recipe.seed, split="validation"))
+            _Part(source.name, recall, validation_plan(recipe, part))
             for source in map(plan_source, recipe.data.validation)
             for recall, part in _parts(source)
         ]
@@ -58,7 +58,7 @@ class Validation:
         measured: Callable[[int], None] = lambda rows: None,
         world: World | None = None,
     ) -> list[dict[str, float | str]] | None:
-        """One record a source: loss in nats a token, bits_per_token, recall/LENGTHxPAIRS of generated
+        """One record a source: loss in nats a token, bits_per_token, recall/SETTING (such as 64x8) of generated
         recall samples, recall/all of those from shards.
 
         `stop` is asked between batches; once it holds the measurement is given up and the result is None. `measured` is
@@ -114,6 +114,6 @@ def _parts(source: Source) -> list[tuple[str | None, Source]]:
     if source.mqar is None:
         return [("all" if source.kind == "mqar" else None, source)]
     return [
-        (f"{setting.length}x{setting.pairs}", replace(source, mqar=replace(source.mqar, settings=(setting,))))
+        (setting.name, replace(source, mqar=replace(source.mqar, settings=(setting,))))
         for setting in source.mqar.settings
     ]

@@ -29,7 +29,7 @@ OVERRIDES = [
     ("optim.betas=[0.9, 1.0]", "optim.betas.1: expected a number at least 0 and less than 1, got 1.0"),
     ("model.encoder_attn_layers=[a]", "model.encoder_attn_layers.0: expected an integer, got 'a'"),
     ("data.sources=text", "data.sources: expected a list of 1 or more, each a section with the keys name, kind, "
-     "shards, weight, mqar, got 'text'"),
+     "shards, weight, weight_changes, on_exhausted, mqar, got 'text'"),
     ("optim=", "optim: expected a section with the keys name, lr, betas, eps, weight_decay, schedule, warmup, decay, "
      "min_lr_ratio, clip_norm, z_loss, got null"),
     ("name=3", "name: expected a name without slashes, white space and leading dot, got 3; write '3' with the quotes"),
@@ -89,7 +89,7 @@ SEQ2SEQ = [
 ]
 SAMPLES = [
     ([RECALL, "data.sources.0.mqar.settings.0.pairs=9"], "data.sources.0.mqar: mqar setting of length 32 with 9 pairs: "
-     "the length must be at least 4 times the pairs, 36"),
+     "the length must be at least 36, 18 tokens to remember and 2 a query"),
     ([RECALL, "data.sources.0.mqar.vocab_size=40"], "data.sources.0.mqar: mqar setting of length 32 with 8 pairs: "
      "mqar.vocab_size=40 has only 4 keys, expected at least 48"),
     ([RECALL, "data.sources.0.mqar.vocab_size=256"], "source 'recall': mqar.vocab_size=256 is more than "

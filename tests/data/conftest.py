@@ -7,8 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from slotmamba_data import ShardWriter, Tokenizer, build_text, train_tokenizer
+
+# A busy machine is no bug, and the tests leave nothing in the source tree.
+settings.register_profile("suite", deadline=None, database=None, print_blob=True)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +27,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def text_shards(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Northanger Abbey in documents of about 2 KiB and several shards."""
     folder = tmp_path_factory.mktemp("text") / "shards"
-    build_text(["austen:val"], tokenizer, folder, document_bytes=2048, shard_bytes=100_000)
+    build_text(["austen:val"], tokenizer, folder, document_bytes=2048, shard_bytes=50_000)
     return folder
 
 
@@ -35,7 +40,7 @@ def make_shards() -> MakeShards:
         """Write documents of random tokens; returns them."""
         rng = np.random.default_rng(seed)
         documents = [rng.integers(3, vocab_size, length) for length in lengths]
-        with ShardWriter(folder, vocab_size=vocab_size, shard_bytes=8000) as writer:
+        with ShardWriter(folder, vocab_size=vocab_size, shard_bytes=7000) as writer:
             for document in documents:
                 writer.add(document)
         return documents

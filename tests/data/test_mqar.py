@@ -1,12 +1,24 @@
 from __future__ import annotations
 
 import random
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
-from slotmamba_data import PUBLISHED_TEST, PUBLISHED_TRAIN, MQARSamples, MQARSetting, MQARSpec, generate_mqar
+from slotmamba_data import (
+    PUBLISHED_TEST,
+    PUBLISHED_TRAIN,
+    MQARSamples,
+    MQARSetting,
+    MQARSpec,
+    Plan,
+    Source,
+    build_mqar,
+    generate_mqar,
+    open_plan,
+)
 from slotmamba_data.mqar import BOS, EOS, IGNORE
 from slotmamba_data.mqar_spec import FIRST_FILLER, FIRST_KEY
 
@@ -164,7 +176,7 @@ def test_published_settings() -> None:
         ({"settings": ()}, "settings is empty"),
         (
             {"settings": (MQARSetting(15, 4),)},
-            "length 15 with 4 pairs: the length must be at least 4 times the pairs, 16",
+            "length 15 with 4 pairs: the length must be at least 16",
         ),
         ({"settings": (MQARSetting(1, 4),), "form": "seq2seq"}, "needs room for the beginning and one query"),
         ({"settings": (MQARSetting(64, 9),), "vocab_size": 48}, "has only 8 keys, expected at least 50"),
@@ -186,3 +198,91 @@ def test_every_key_can_be_used_at_once() -> None:
     spec = MQARSpec((MQARSetting(40, 10),), 2 * (FIRST_KEY + 10))
     keys = samples(spec, [0]).tokens[0, :20:2]
     assert sorted(keys.tolist()) == list(range(FIRST_KEY, FIRST_KEY + 10))
+
+
+def last_values(context: list[int]) -> dict[int, tuple[int, int]]:
+    """The last value of each key of `k v k v ...`, and where it stands."""
+    return {context[i]: (context[i + 1], i + 1) for i in range(0, len(context), 2)}
+
+
+@pytest.mark.parametrize("form", ["decoder", "seq2seq"])
+@pytest.mark.parametrize(("updates", "passes"), [(0, 1), (3, 1), (0, 3), (5, 2)])
+def test_the_last_value_counts(form: Any, updates: int, passes: int) -> None:
+    setting = MQARSetting(64 if form == "decoder" else 5, 5, updates=updates, passes=passes)
+    spec = MQARSpec((setting,), vocab_size=64, form=form)
+    samples = generate_mqar(spec, setting, np.arange(200), seed=3, stream="test")
+    size = setting.context
+    assert size == 2 * (5 + updates) * passes
+    changed = 0
+    for i in range(200):
+        tokens = samples.tokens[i].tolist()
+        if samples.encoder is None:
+            context, start = tokens[:size], 0
+        else:
+            whole = samples.encoder[i].tolist()
+            assert whole[0] == BOS and whole[-1] == EOS and tokens[0] == BOS
+            context, start = whole[1:-1], -size - 1
+        once = context[: size // passes]
+        assert context == once * passes
+        assert len(set(once[:10:2])) == 5 and set(once[10::2]) <= set(once[:10:2])
+        assert len(set(once[1::2])) == 5 + updates  # every value is new
+        last = last_values(context)
+        changed += sum(last[key][0] != value for key, value in zip(once[:10:2], once[1:10:2], strict=True))
+        for query, gap in zip(samples.queries[i].tolist(), samples.gaps[i].tolist(), strict=True):
+            value, place = last[tokens[query]]
+            assert samples.labels[i, query] == value
+            assert gap == query - (place + start)
+        asked = len(samples.queries[i])
+        assert (samples.labels[i] != IGNORE).sum() == asked == len(set(np.asarray(tokens)[samples.queries[i]].tolist()))
+    assert changed == 200 * updates
+
+
+def test_special_settings_leave_the_plain_samples_as_they_were() -> None:
+    plain = MQARSetting(64, 8)
+    spec = MQARSpec((plain, MQARSetting(64, 8, updates=2), MQARSetting(64, 8, passes=2)), vocab_size=256)
+    alone = generate_mqar(MQARSpec((plain,), vocab_size=256), plain, np.arange(50), seed=1, stream="a")
+    mixed = [generate_mqar(spec, setting, np.arange(50), seed=1, stream="a") for setting in spec.settings]
+    np.testing.assert_array_equal(alone.tokens, mixed[0].tokens)
+    assert all((mixed[0].tokens[:, :16] != other.tokens[:, :16]).any(axis=1).all() for other in mixed[1:])
+    assert [setting.name for setting in spec.settings] == ["64x8", "64x8_updates2", "64x8_passes2"]
+    special = MQARSetting(128, 8, updates=3, passes=2)
+    assert [MQARSetting.named(setting.name) for setting in (*spec.settings, special)] == [*spec.settings, special]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (MQARSetting(64, 4, updates=5), "4 pairs, 5 updates and 1 passes: expected at most as many updates as pairs"),
+        (MQARSetting(64, 4, passes=0), "at least one pass"),
+        (MQARSetting(63, 8, updates=4, passes=2), "length must be at least 64, 48 tokens to remember and 2 a query"),
+        (MQARSetting(256, 20, updates=20), "has only 36 values, one for each pair and update"),
+    ],
+)
+def test_special_settings_that_cannot_be(setting: MQARSetting, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MQARSpec((setting,), vocab_size=72 if setting.pairs == 20 else 4096)
+
+
+@pytest.mark.parametrize("form", ["decoder", "seq2seq"])
+def test_shards_hold_the_samples_of_the_source_of_that_name(tmp_path: Path, form: Any) -> None:
+    """Generated on the fly or stored, sample i of a setting is the same for the same seed and stream."""
+    settings = (MQARSetting(20, 3), MQARSetting(20, 3, updates=2), MQARSetting(32, 3, passes=2))
+    spec = MQARSpec(settings, vocab_size=128, form=form)
+    build_mqar(spec, [30, 20, 10], tmp_path, seed=4, stream="train/recall")
+    stored = open_plan([Source("stored", "mqar", shards=tmp_path)], 32, seed=9)
+    fly = open_plan([Source("recall", "mqar", mqar=spec)], 32, seed=4)
+
+    def samples(plan: Plan, rows: int) -> dict[bytes, bytes]:
+        found = {}
+        for number in range(rows):
+            row = plan[number]
+            for start in sorted(set(row.doc_start[row.valid].tolist())):
+                own = (row.doc_start == start) & row.valid
+                encoder = b"" if row.encoder_tokens is None else row.encoder_tokens[row.encoder_valid].tobytes()
+                found[encoder + row.tokens[own].tobytes()] = row.labels[own].tobytes()
+        return found
+
+    there = samples(stored, stored.describe()[0].contents.rows_per_epoch)
+    assert len(there) == 60
+    made = samples(fly, 200)
+    assert there.items() <= made.items()

@@ -19,14 +19,17 @@ from slotmamba_data import (
     MQARSpec,
     Plan,
     PlanReader,
+    Reading,
     Row,
     ShardFolder,
     ShardWriter,
     Source,
+    WeightChange,
     build_mqar,
     check_fingerprint,
     open_plan,
 )
+from slotmamba_data.shard_reader import KEPT_OPEN
 
 IGNORE = -100
 
@@ -162,18 +165,25 @@ def test_rows_do_not_change_between_versions(tmp_path: Path, make_shards: Any) -
         Source("recall", "mqar", mqar=MQARSpec((MQARSetting(4, 1),), vocab_size=64)),
     ]
     plan = open_plan(sources, 6, seed=11)
-    assert plan.components["plan version"] == "1"
+    assert plan.components["plan version"] == "2"
     assert [[tuple(part) for part in plan[number].documents] for number in range(8)] == [
-        [(0, 1, 0, 6)],
+        [(0, 0, 3, 5), (0, 2, 0, 4)],
         [(0, 0, 0, 4)],
-        [(0, 1, 6, 9), (0, 2, 0, 3)],
+        [(0, 1, 6, 9), (0, 0, 0, 3)],
         [(0, 1, 0, 4)],
-        [(0, 2, 3, 4), (0, 0, 0, 5)],
+        [(0, 1, 0, 6)],
         [(0, 2, 0, 4)],
-        [(1, 1, 7, 9), (1, 2, 0, 4)],
+        [(1, 1, 3, 9)],
         [(0, 3, 0, 4)],
     ]
     assert [plan[number].tokens.tolist() for number in (1, 3)] == [[21, 44, 21, 3, 0, 0], [26, 42, 26, 11, 0, 0]]
+    fitted = open_plan(sources, 6, seed=11, reading=Reading("best_fit"))
+    assert [[tuple(part) for part in fitted[number].documents] for number in range(0, 8, 2)] == [
+        [(0, 2, 0, 4)],
+        [(0, 0, 0, 5)],
+        [(0, 1, 6, 9)],
+        [(0, 1, 0, 6)],
+    ]
 
 
 def test_shares_of_tokens_at_every_prefix(text_shards: Path) -> None:
@@ -236,7 +246,7 @@ def test_stored_recall_comes_once_an_epoch_and_whole(tmp_path: Path) -> None:
             assert_row_is_well_formed(row, 50)
             position = 0
             for part in row.documents:
-                assert part == (epoch, part.document, 0, int(folder.counts[part.document]))
+                assert part == (epoch, part.document, 0, len(folder.tokens(part.document)))
                 np.testing.assert_array_equal(row.tokens[position : position + part.stop], folder.tokens(part.document))
                 np.testing.assert_array_equal(row.labels[position : position + part.stop], folder.labels(part.document))
                 position += part.stop
@@ -320,9 +330,11 @@ def test_failed_read_does_not_move_the_reader(tmp_path: Path, make_shards: Any) 
         ({"seq_len": 32}, r"seq_len \(was 16, is 32\)"),
         ({"seed": 5}, r"seed \(was 0, is 5\)"),
         ({"split": "validation"}, r"split \(was train, is validation\)"),
-        ({"weight": 3.0}, r"source text: weight \(was 2\.0, is 3\.0\)"),
-        ({"settings": (MQARSetting(16, 2, 1.5),)}, r"source recall: weight of \(16, 2\) \(was 1\.0, is 1\.5\)"),
-        ({"settings": (MQARSetting(12, 2),)}, r"source recall: order of settings \(was \(16, 2\), is \(12, 2\)\)"),
+        ({"settings": (MQARSetting(16, 2, 1.5),)}, r"source recall: weight of 16x2 \(was 1\.0, is 1\.5\)"),
+        ({"settings": (MQARSetting(12, 2),)}, r"source recall: order of settings \(was 16x2, is 12x2\)"),
+        ({"settings": (MQARSetting(16, 2, updates=1),)}, r"order of settings \(was 16x2, is 16x2_updates1\)"),
+        ({"reading": Reading("best_fit")}, r"source text: packing \(was concat, is best_fit\)"),
+        ({"reading": Reading(shuffle_shards=2)}, r"source text: shuffle_shards \(was 16, is 2\)"),
     ],
 )
 def test_changed_plan_is_refused_and_named(tmp_path: Path, make_shards: Any, changes: dict, message: str) -> None:
@@ -381,7 +393,10 @@ def test_sources_that_cannot_be_are_refused(tmp_path: Path, text_shards: Path, m
         ({"kind": "lm"}, "either `shards` or `mqar`"),
         ({"kind": "lm", "mqar": spec}, "of kind lm needs `shards`"),
         ({"kind": "mqar", "mqar": spec, "shards": "x"}, "either `shards` or `mqar`"),
-        ({"kind": "mqar", "mqar": spec, "weight": 0.0}, "weight=0.0, expected more than 0"),
+        ({"kind": "mqar", "mqar": spec, "weight": 0.0}, r"weights \[0\.0\], expected none below 0 and one above"),
+        ({"kind": "mqar", "mqar": spec, "weight": -1.0}, "expected none below 0 and one above"),
+        ({"kind": "mqar", "mqar": spec, "changes": (WeightChange(0, 2.0),)}, r"changes at rows \[0\], expected rising"),
+        ({"kind": "mqar", "mqar": spec, "on_exhausted": "stop"}, "generated samples never run out"),
     ):
         with pytest.raises(ValueError, match=message):
             Source("wrong", **arguments)
@@ -391,12 +406,15 @@ def test_more_shards_than_open_files(tmp_path: Path, make_shards: Any) -> None:
     documents = make_shards(tmp_path / "shards", [4000] * 100)
     folder = ShardFolder(tmp_path / "shards")
     assert len(folder.manifest.shards) == 100
-    before = len(list(Path("/proc/self/fd").iterdir()))
+
+    def open_files() -> int:
+        return sum(os.path.realpath(each).startswith(str(tmp_path)) for each in Path("/proc/self/fd").iterdir())
+
     for document in range(100):
         np.testing.assert_array_equal(folder.tokens(document, 5, 9), documents[document][5:9])
-    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 64
+    assert 0 < open_files() <= 2 * KEPT_OPEN  # read and mapped
     folder.close()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_files() == 0
 
 
 def test_a_row_reads_little_of_a_long_document(

@@ -14,7 +14,7 @@ from slotmamba_data.schedule import Schedule
 
 @pytest.mark.parametrize("weights", [[1], [1, 1], [3, 1], [0.7, 0.2, 0.1], [1e-3, 5, 2, 2, 7], [1] * 7, [1e9, 1e-9]])
 def test_shares_are_even_at_every_prefix(weights: list[float]) -> None:
-    schedule = Schedule(weights)
+    schedule = Schedule.constant(weights)
     bound = math.ceil(math.log2(len(weights))) / 2
     seen: Counter[int] = Counter()
     for item in range(2000):
@@ -26,7 +26,7 @@ def test_shares_are_even_at_every_prefix(weights: list[float]) -> None:
 
 
 def test_schedule_is_exact_far_out() -> None:
-    schedule = Schedule([0.1, 0.2, 0.7])
+    schedule = Schedule.constant([0.1, 0.2, 0.7])
     far = 10**15
     located = [schedule.locate(item) for item in range(far, far + 3000)]
     for choice, weight in enumerate((0.1, 0.2, 0.7)):

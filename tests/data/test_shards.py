@@ -4,15 +4,19 @@ import json
 import os
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from slotmamba_data import MQARSetting, MQARSpec, ShardFolder, ShardWriter, build_mqar, generate_mqar, verify
 from slotmamba_data.blocks import BLOCK_BYTES
+from slotmamba_data.shards import Shard
 
 LENGTHS = [1, 2, 500, 3000, 7, 9000, 40, 41, 42, 20_000]
 
@@ -27,13 +31,17 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def counts(folder: ShardFolder) -> list[int]:
+    return [count for shard in range(len(folder.manifest.shards)) for count in folder.index(shard).counts.tolist()]
+
+
 def test_documents_and_their_parts_come_back(shards: tuple[Path, list[np.ndarray]]) -> None:
     path, documents = shards
     folder = ShardFolder(path)
     assert len(folder.manifest.shards) > 2
     assert folder.manifest.documents == len(documents)
     assert folder.manifest.tokens == sum(LENGTHS)
-    assert folder.counts.tolist() == LENGTHS
+    assert counts(folder) == LENGTHS
     for number in (9, 0, 5, 3, 1, 2, 4, 6, 7, 8):
         np.testing.assert_array_equal(folder.tokens(number), documents[number])
         middle = LENGTHS[number] // 2
@@ -47,14 +55,77 @@ def test_documents_and_their_parts_come_back(shards: tuple[Path, list[np.ndarray
     folder.close()
 
 
+def test_spans_of_a_shard_run_over_its_documents(shards: tuple[Path, list[np.ndarray]]) -> None:
+    path, documents = shards
+    folder = ShardFolder(path)
+    first = 0
+    for number, entry in enumerate(folder.manifest.shards):
+        own = documents[first : first + entry.documents]
+        first += entry.documents
+        index, stream = folder.index(number), np.concatenate(own)
+        assert index.counts.tolist() == [len(document) for document in own]
+        assert index.ends[-1] == entry.tokens == len(stream)
+        for start, stop in ((0, len(stream)), (0, 0), (1, len(stream) // 2), (len(stream) - 1, len(stream))):
+            np.testing.assert_array_equal(folder.read_span(number, start, stop), stream[start:stop])
+        np.testing.assert_array_equal(folder.read(number, len(own) - 1), own[-1])
+
+
 def test_webdataset_reads_the_shards(shards: tuple[Path, list[np.ndarray]]) -> None:
     path, documents = shards
     names = [str(path / entry.name) for entry in ShardFolder(path).manifest.shards]
     samples = list(webdataset.WebDataset(names, shardshuffle=False).decode())
-    assert [sample["__key__"] for sample in samples] == [f"{number:09d}" for number in range(len(documents))]
-    for sample, document in zip(samples, documents, strict=True):
-        np.testing.assert_array_equal(sample["tokens.npy"], document)
-        assert sample["json"]["tokens"] == len(document)
+    assert len({sample["__key__"] for sample in samples}) == len(samples)
+    read = []
+    for sample in samples:
+        read += np.split(sample["tokens.npy"], sample["ends.npy"])[:-1]
+        assert sample["json"]["tokens"] == len(sample["tokens.npy"]) == sample["ends.npy"][-1]
+        assert sample["json"]["documents"] == len(sample["ends.npy"])
+    assert len(read) == len(documents)
+    for mine, document in zip(read, documents, strict=True):
+        np.testing.assert_array_equal(mine, document)
+
+
+def test_samples_hold_many_documents_or_one_long_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lengths = [*rng.integers(0, 3, 5000), 70_000, 0, 1, 65_536, *rng.integers(0, 3, 4096), 200_000, 1]
+    documents = [rng.integers(0, 500, length) for length in lengths]
+    with ShardWriter(tmp_path, vocab_size=500, shard_bytes=300_000) as writer:
+        for number, document in enumerate(documents):
+            writer.add(document, meta={"source": "odd" if number % 2 else "even", "id": number, "same": [1]})
+    folder = ShardFolder(tmp_path, kept_open=1)
+    assert counts(folder) == lengths
+    first = 0
+    for shard, entry in enumerate(folder.manifest.shards):
+        own = documents[first : first + entry.documents]
+        stream = np.concatenate(own)
+        np.testing.assert_array_equal(folder.read_span(shard, 0, entry.tokens), stream)
+        for start, stop in np.sort(rng.integers(0, entry.tokens + 1, (20, 2))):
+            np.testing.assert_array_equal(folder.read_span(shard, start, stop), stream[start:stop])
+        for document in {0, *rng.integers(0, len(own), 50).tolist(), len(own) - 1}:
+            np.testing.assert_array_equal(folder.read(shard, document), own[document])
+            number = first + document
+            known = folder.meta(shard, document)
+            assert known == {"source": "odd" if number % 2 else "even", "id": number, "same": [1]}
+        first += len(own)
+    assert {name: count.documents for name, count in folder.manifest.sources.items()} == {"even": 4551, "odd": 4551}
+    assert sum(count.tokens for count in folder.manifest.sources.values()) == sum(lengths)
+    with tarfile.open(tmp_path / folder.manifest.shards[0].name) as tar:
+        samples = [member.name for member in tar if member.name.endswith(".ends.npy")]
+    assert len(samples) == 3  # of 4096 documents, up to the one of 70,000 tokens, and up to that of 65,536
+    folder.close()
+
+
+def test_shard_without_documents(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, vocab_size=10) as writer:
+        writer.add(np.arange(10))
+    empty = Shard(tmp_path / "shard-000001.tar", "000001").finish()
+    manifest = ShardFolder(tmp_path).manifest
+    replace(manifest, shards=(empty, *manifest.shards)).write(tmp_path)
+    folder = ShardFolder(tmp_path)
+    assert counts(folder) == [10]
+    assert folder.read_span(0, 0, 0).tolist() == [] and folder.read_span(1, 0, 10).tolist() == list(range(10))
+    np.testing.assert_array_equal(folder.tokens(0), np.arange(10))
+    verify(tmp_path)
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32), (10**6, np.uint32)])
@@ -81,11 +152,12 @@ def test_recall_samples_keep_labels_and_encoder(tmp_path: Path) -> None:
             np.testing.assert_array_equal(folder.labels(number), labels)
             np.testing.assert_array_equal(folder.encoder_tokens(number), encoder)
             number += 1
-    [name] = [str(folder.path / entry.name) for entry in folder.manifest.shards]
-    first = next(iter(webdataset.WebDataset([name], shardshuffle=False).decode()))
-    assert first["json"] == {"tokens": 6, "length": 9, "pairs": 5, "sample": 0}
-    np.testing.assert_array_equal(first["encoder.npy"], folder.encoder_tokens(0))
-    np.testing.assert_array_equal(first["labels.npy"], folder.labels(0))
+    assert folder.meta(0, 3) == {"source": "9x5", "sample": 3}
+    assert {name: count.documents for name, count in folder.manifest.sources.items()} == {"9x5": 7, "12x20": 3}
+    names = [folder.where(entry.name) for entry in folder.manifest.shards]
+    first = next(iter(webdataset.WebDataset(names, shardshuffle=False).decode()))
+    np.testing.assert_array_equal(first["encoder.npy"][: first["encoder_ends.npy"][0]], folder.encoder_tokens(0))
+    np.testing.assert_array_equal(first["labels.npy"][: first["ends.npy"][0]], folder.labels(0))
 
 
 def test_same_documents_give_the_same_bytes(tmp_path: Path, make_shards: Any) -> None:
@@ -107,7 +179,7 @@ def test_truncated_shard_is_found_on_opening(shards: tuple[Path, list[np.ndarray
 def test_shard_truncated_under_a_reader(shards: tuple[Path, list[np.ndarray]]) -> None:
     folder = ShardFolder(shards[0])
     os.truncate(shards[0] / folder.manifest.shards[-1].name, 20_000)
-    with pytest.raises(ValueError, match="ends at byte 20000: it was truncated since it was opened"):
+    with pytest.raises(ValueError, match="ends at byte 20000: it was truncated; read for document"):
         folder.tokens(9)
     folder.close()
 
@@ -137,7 +209,7 @@ def test_missing_folder_and_folder_of_splits(tmp_path: Path, make_shards: Any) -
         ShardFolder(tmp_path / "out")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 99, "shards": []}', '{"format": 1, "shards": [{"nome": 1}]}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1, "shards": []}', '{"format": 1, "shards": [{"nome": 1}]}'])
 def test_manifest_that_cannot_be_read(shards: tuple[Path, list[np.ndarray]], text: str) -> None:
     (shards[0] / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=r"manifest\.json.*build the folder again"):
@@ -147,7 +219,7 @@ def test_manifest_that_cannot_be_read(shards: tuple[Path, list[np.ndarray]], tex
 def test_damaged_index_is_named(shards: tuple[Path, list[np.ndarray]]) -> None:
     flip(shards[0] / "shard-000002.index.npz", 300)
     with pytest.raises(ValueError, match=r"shard-000002\.index\.npz is not the one that was written"):
-        ShardFolder(shards[0])
+        ShardFolder(shards[0]).index(2)
 
 
 def flip(path: Path, byte: int) -> None:
@@ -175,6 +247,63 @@ def test_damaged_payload_is_named_with_shard_and_byte(shards: tuple[Path, list[n
     assert not list(path.parent.glob(f".{path.name}*"))
 
 
+def test_shard_written_to_or_truncated_after_it_was_read(shards: tuple[Path, list[np.ndarray]]) -> None:
+    path, documents = shards
+    folder = ShardFolder(path)
+    for number in (8, 9, 9, 6):
+        np.testing.assert_array_equal(folder.tokens(number), documents[number])
+    last = path / folder.manifest.shards[-1].name
+    content = last.read_bytes()
+    last.write_bytes(bytes(len(content)))
+    with pytest.raises(ValueError, match="is damaged between bytes"):
+        folder.tokens(9)
+    last.write_bytes(content)
+    np.testing.assert_array_equal(folder.tokens(9), documents[9])
+    os.truncate(last, 5000)
+    with pytest.raises(ValueError, match="ends at byte 5000: it was truncated"):
+        folder.tokens(9)
+    folder.close()
+
+
+def test_files_of_another_folder_are_named(tmp_path: Path, make_shards: Any) -> None:
+    """Of the same names and sizes: a shard, an index, both of them, and a shard that is there twice."""
+    documents = make_shards(tmp_path / "a", LENGTHS)
+    make_shards(tmp_path / "b", LENGTHS, seed=1)
+    tar, index = "shard-000001.tar", "shard-000001.index.npz"
+    for names, message in (
+        ([tar], rf"{tar} is damaged between bytes 0 and 16384 .*read for document 4 at byte \d+"),
+        ([index], rf"index .*{index} is not the one that was written"),
+        ([tar, index], rf"index .*{index} is not the one that was written"),
+    ):
+        shutil.copytree(tmp_path / "a", tmp_path / "c")
+        for name in names:
+            shutil.copy(tmp_path / "b" / name, tmp_path / "c" / name)
+        folder = ShardFolder(tmp_path / "c")
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                folder.read(1, 0)
+        np.testing.assert_array_equal(folder.tokens(3), documents[3])
+        with pytest.raises(ValueError, match=names[-1]):
+            verify(tmp_path / "c")
+        folder.close()
+        shutil.rmtree(tmp_path / "c")
+    shutil.copy(tmp_path / "a/shard-000000.tar", tmp_path / "a" / tar)
+    with pytest.raises(ValueError, match=rf"{tar} has \d+ bytes instead of \d+: it was truncated or replaced"):
+        ShardFolder(tmp_path / "a")
+
+
+def test_damage_between_the_arrays_is_found_by_verify_only(shards: tuple[Path, list[np.ndarray]]) -> None:
+    """A flipped bit anywhere is found: by whoever reads its block, and otherwise by `verify`."""
+    path, documents = shards
+    entry = ShardFolder(path).manifest.shards[-1]
+    flip(path / entry.name, entry.bytes - 100)  # the end of the tar
+    folder = ShardFolder(path)
+    np.testing.assert_array_equal(folder.tokens(6), documents[6])
+    with pytest.raises(ValueError, match=rf"{entry.name} is damaged between"):
+        folder.verify()
+    folder.close()
+
+
 def test_failed_replacement_leaves_the_folder_as_it_was(shards: tuple[Path, list[np.ndarray]]) -> None:
     path, _ = shards
     before = content(path)
@@ -200,7 +329,7 @@ def test_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
     tokens = np.arange(5)
     with ShardWriter(tmp_path / "lm", vocab_size=5) as writer:
         writer.add(tokens)
-        for wrong in (tokens + 1, tokens - 1, tokens[:0], tokens[None]):
+        for wrong in (tokens + 1, tokens - 1, tokens[None]):
             with pytest.raises(ValueError, match="tokens"):
                 writer.add(wrong)
         with pytest.raises(ValueError, match="wrong set of labels"):
@@ -217,7 +346,7 @@ def test_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no seq2seq form"):
         ShardWriter(tmp_path / "other", vocab_size=5, form="seq2seq")
     for vocab_size in (0, 2**31 + 1):
-        with pytest.raises(ValueError, match=rf"vocab_size={vocab_size}, .*: expected .* at most 2\^31 tokens"):
+        with pytest.raises(ValueError, match=rf"vocab_size={vocab_size}: expected .* at most 2\^31 tokens"):
             ShardWriter(tmp_path / "other", vocab_size=vocab_size)
 
 
@@ -244,3 +373,29 @@ def test_complete_folder_is_replaced_only_on_request(shards: tuple[Path, list[np
     assert sorted(content(path)) == ["manifest.json", "shard-000000.index.npz", "shard-000000.tar"]
     assert json.loads((path / "manifest.json").read_text())["documents"] == 1
     verify(path)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 3), st.integers(0, 3000), st.just(70_000)), min_size=1, max_size=60),
+    shard_bytes=st.sampled_from([1, 500, 20_000, 10**6]),
+    vocab_size=st.sampled_from([2, 60_000, 70_000]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_documents_come_back(
+    lengths: list[int], shard_bytes: int, vocab_size: int, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    rng = np.random.default_rng(seed)
+    documents = [rng.integers(0, vocab_size, length) for length in lengths]
+    path = tmp_path_factory.mktemp("any")
+    with ShardWriter(path, vocab_size=vocab_size, shard_bytes=shard_bytes) as writer:
+        for document in documents:
+            writer.add(document)
+    folder = ShardFolder(path, kept_open=2)
+    assert counts(folder) == lengths
+    for number in rng.permutation(len(documents)).tolist():
+        np.testing.assert_array_equal(folder.tokens(number), documents[number])
+    spans = [folder.read_span(shard, 0, entry.tokens) for shard, entry in enumerate(folder.manifest.shards)]
+    np.testing.assert_array_equal(np.concatenate(spans), np.concatenate(documents))
+    folder.close()
+    shutil.rmtree(path)

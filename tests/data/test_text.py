@@ -3,12 +3,18 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import random
+import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
+import zstandard
+from pyarrow import parquet
 
 from slotmamba_data import open_text
-from slotmamba_data.text import DOCUMENT_BYTES, EMBEDDED
+from slotmamba_data.inputs import pieces
+from slotmamba_data.text import DOCUMENT_BYTES, EMBEDDED, BadDocument, Document, TextOptions, TextReader
 
 TEXT = "One.\r\nTwo.\n\n\nThree \N{GRINNING FACE}.\n   \nFour.\tFive.\n\nSix, no end of line"
 
@@ -45,7 +51,11 @@ def test_compressed_and_json_files_hold_the_same_documents(tmp_path: Path) -> No
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    for name in ("a.jsonl", "a.jsonl.xz", "a.jsonl.gz"):
+    first, second = lines.encode()[:30], lines.encode()[30:]
+    (tmp_path / "a.jsonl.zst").write_bytes(
+        zstandard.compress(first) + zstandard.compress(b"") + zstandard.compress(second)
+    )
+    for name in ("a.jsonl", "a.jsonl.xz", "a.jsonl.gz", "a.jsonl.zst"):
         assert list(open_text(tmp_path / name)) == texts
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
     (tmp_path / "a.xz").write_bytes(lzma.compress(TEXT.encode()))
@@ -65,6 +75,9 @@ def test_compressed_and_json_files_hold_the_same_documents(tmp_path: Path) -> No
         ("a.xz", b"no xz at all", "a.xz is not a complete compressed file"),
         ("a.txt.xz", lzma.compress(b"text" * 9999)[:-20], "a.txt.xz is not a complete compressed file"),
         ("a.txt.gz", gzip.compress(b"text" * 9999, mtime=0)[:-20], "a.txt.gz is not a complete compressed file"),
+        ("a.txt.zst", zstandard.compress(b"text" * 9999)[:-2], "a.txt.zst is not a complete compressed file"),
+        ("a.txt.zst", b"no zstd at all", "a.txt.zst is not a complete compressed file"),
+        ("a.parquet", b"no parquet at all", "a.parquet is not a Parquet file that can be read"),
     ],
 )
 def test_unreadable_input_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -80,3 +93,55 @@ def test_missing_input_is_refused_at_the_call(tmp_path: Path) -> None:
         open_text(tmp_path)
     with pytest.raises(ValueError, match=r"austen:dev.*expected one of austen:train, austen:val, austen:test"):
         open_text("austen:dev")
+
+
+def test_parquet_files(tmp_path: Path) -> None:
+    texts = ["one", "", None, "two\n\nparts", "3" * 100]
+    table = pyarrow.table(
+        {"text": texts, "id": list(range(5)), "source": ["a", "b", "c", None, "d"], "other": [1.5] * 5}
+    )
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    options = TextOptions()
+    read = list(TextReader(str(tmp_path / "a.parquet"), options))
+    assert [each.reason if isinstance(each, BadDocument) else each for each in read] == [
+        ("one", "a", 0),
+        ("", "b", 1),
+        "text is no string",
+        ("two\n\nparts", str(tmp_path / "a.parquet"), 3),
+        ("3" * 100, "d", 4),
+    ]
+    with pytest.raises(ValueError, match=r"a\.parquet, row 1 of group 1: `text` is NoneType"):
+        list(open_text(tmp_path / "a.parquet"))
+    with pytest.raises(ValueError, match=r"a\.parquet has no column 'content', but 'text', 'id', 'source', 'other'"):
+        list(open_text(tmp_path / "a.parquet", text_field="content"))
+
+
+def test_parts_of_inputs_are_the_inputs(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    texts = [rng.choice(["", "x", "ab\n", "y" * 500]) * rng.randrange(20) + str(number) for number in range(400)]
+    lines = "".join(json.dumps({"text": text}) + "\n" * rng.randrange(1, 3) for text in texts)
+    (tmp_path / "a.jsonl").write_text(lines[:-1].rstrip("\n"))
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "b.parquet", row_group_size=7)
+    (tmp_path / "c.txt").write_text("one\n\n" * 5)
+    names = [str(tmp_path / name) for name in ("a.jsonl", "b.parquet", "c.txt")]
+    options = TextOptions(5)
+    for shard_bytes in (10, 1000, 5000, 10**6):
+        found = pieces(names, shard_bytes)
+        assert len(found) > 10 or shard_bytes > 5000
+        read = [
+            document.text
+            for piece in found
+            for part in piece
+            for document in TextReader(part.spec, options, part.start, part.stop)
+            if isinstance(document, Document)
+        ]
+        assert read == [*texts, *texts, *["one\n\n"] * 5]
+
+
+def test_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in (("a.txt.zst", "zstandard"), ("a.parquet", "pyarrow")):
+        (tmp_path / name).write_bytes(b"")
+        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.delitem(sys.modules, "slotmamba_data.zstd_file", raising=False)
+        with pytest.raises(ValueError, match=rf"{module}, which .* is not installed: pip install 'slotmamba\[data\]'"):
+            list(open_text(tmp_path / name))

@@ -93,9 +93,14 @@ def test_training_is_reproducible_and_reported(tmp_path: Path, model_type: str) 
     assert saved["arguments"]["model_type"] == model_type
     assert saved["versions"]["sentencepiece"] == sentencepiece.__version__
     assert saved["inputs"][0]["sha256"] == hashlib.sha256(corpus.read_bytes()).hexdigest()
-    assert saved["measured_bytes"] == len(corpus.read_bytes())
+    [measured] = saved["measured"]["sources"]
+    assert saved["measured_on"] == [measured["source"]] == [str(corpus)]
+    assert measured["bytes"] == len(corpus.read_bytes())
+    assert (measured["documents"], measured["not_given_back"]) == (len(list(open_text(corpus))), 0)
     count = sum(len(tokenizer.encode(document)) for document in open_text(corpus))
-    assert saved["bytes_per_token"] == pytest.approx(saved["measured_bytes"] / count)
+    assert saved["bytes_per_token"] == pytest.approx(measured["bytes"] / count)
+    assert measured["tokens_per_word"] == pytest.approx(count / len(corpus.read_text().split()))
+    assert saved["measured"]["bytes_per_second"] > 0
 
 
 def test_seed_decides_which_lines_are_looked_at(tmp_path: Path) -> None:
@@ -106,6 +111,26 @@ def test_seed_decides_which_lines_are_looked_at(tmp_path: Path) -> None:
     assert reports[0].sampled_sentences == 500 < reports[0].lines
     assert reports[0] == reports[1]
     assert reports[0].model_sha256 != reports[2].model_sha256
+
+
+def test_weights_decide_how_much_of_each_input_is_looked_at(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for name, letters in (("a", "abcdef"), ("b", "uvwxyz")):
+        words = ["".join(rng.choices(letters, k=5)) for _ in range(20_000)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(" ".join(words[i : i + 10]) for i in range(0, 20_000, 10)))
+    inputs = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    looked: dict[tuple[float, float], list[int]] = {}
+    for weights in ((1.0, 1.0), (3.0, 1.0), (1.0, 9.0)):
+        report = train_tokenizer(inputs, tmp_path / "out", vocab_size=300, weights=weights, validation=inputs[:1])
+        assert report.measured_on == (str(inputs[0]),) and report.lines == 4000
+        looked[weights] = [report.sampled_sentences]
+    # all of the scarcer input and as much of the other as the proportion allows
+    assert looked == {(1.0, 1.0): [4000], (3.0, 1.0): [2666], (1.0, 9.0): [2222]}
+    few = train_tokenizer(inputs, tmp_path / "out", vocab_size=280, weights=(3.0, 1.0), input_sentence_size=100)
+    assert 90 <= few.sampled_sentences <= 100
+    for wrong in ((1.0,), (1.0, 0.0)):
+        with pytest.raises(ValueError, match="expected one above 0 for each of 2 inputs"):
+            train_tokenizer(inputs, tmp_path / "out", vocab_size=280, weights=wrong)
 
 
 def test_long_lines_are_split_between_words_and_characters() -> None:

@@ -54,20 +54,20 @@ def test_perplexity_of_every_document(text_run: Path) -> None:
     """The run's rows of 32 tokens cut documents; with rows as long as all the text, documents can be run one by one."""
     recipe = load_recipe(text_run / "recipe.yaml")
     folder = ShardFolder(str(recipe.data.validation[0].shards))
-    length = int(folder.counts.sum())
+    length = folder.manifest.tokens
     data = recipe.data.model_copy(update={"seq_len": length})
     model = slotmamba.load(text_run)
     (found,) = evaluate(model, recipe.model_copy(update={"data": data}), torch.device("cpu"), Pulse()).sources
 
     nats, labels, text = 0.0, Counter[int](), b""
     tokenizer = Tokenizer(str(recipe.data.tokenizer))
-    for document in range(len(folder.counts)):
+    for document in range(folder.manifest.documents):
         tokens = torch.from_numpy(folder.tokens(document).astype(np.int64))
         with torch.no_grad():
             nats += float(F.cross_entropy(model(tokens[None, :-1])[0], tokens[1:], reduction="sum"))
         labels.update(tokens[1:].tolist())
         text += tokenizer.decode(tokens.tolist()).encode()
-    assert found.tokens == labels.total() == length - len(folder.counts)
+    assert found.tokens == labels.total() == length - folder.manifest.documents
     assert found.bytes == len(text)
     # Sums of float32 losses in another order.
     assert found.loss == pytest.approx(nats / found.tokens, rel=1e-5)

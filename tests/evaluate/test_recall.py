@@ -50,7 +50,8 @@ class Knows(torch.nn.Module):
         row, position = (labels != IGNORED).nonzero(as_tuple=True)
         right = []
         for b, t in zip(row.tolist(), position.tolist(), strict=True):
-            stored = input_ids[b].tolist().index(int(labels[b, t]))  # values are nowhere else, fillers being outside
+            # values are nowhere but with their keys, fillers being outside; the last place counts
+            stored = max((input_ids[b, :t] == labels[b, t]).nonzero().flatten().tolist())
             right.append(t - stored < self.reach)
         zeros = torch.zeros(len(right))
         return TokenLosses(zeros, zeros, torch.tensor(right), row, position, zeros.sum())
@@ -85,6 +86,24 @@ def test_recall_is_the_share_of_queries_whose_likeliest_token_is_the_value(tmp_p
     )
     assert report.settings[2].recall == pytest.approx(right / (50 * 16), abs=1e-12)
     assert right > 0
+
+
+def test_rewritten_keys_and_several_passes_are_measured_too(tmp_path: Path) -> None:
+    special = [{"length": 64, "pairs": 4, "updates": 3}, {"length": 64, "pairs": 4, "passes": 3}]
+    recipe = recipe_of(tmp_path, {"settings": [{"length": 32, "pairs": 4}, *special]})
+    report = recall.evaluate(Knows(reach=16), recipe, CPU, Pulse(), samples=40)
+    assert [(each.updates, each.passes, each.published) for each in report.settings[-2:]] == [
+        (3, 1, False),
+        (0, 3, False),
+    ]
+    for setting in report.settings:
+        assert {gap.recall for gap in setting.gaps if gap.past <= 16} <= {1.0}
+        assert {gap.recall for gap in setting.gaps if gap.first >= 16} <= {0.0}
+    assert report.mean == pytest.approx(np.mean([setting.recall for setting in report.settings[:-2]]))
+    assert "64 tokens, 4 pairs, 3 written again" in report.text() and "64 tokens, 4 pairs, 3 passes" in report.text()
+    assert "mean of 3 published settings" in report.text()
+    assert sum(gap.answers for gap in report.gaps) == 40 * (4 + 8 + 16 + 4 + 4)
+    assert {gap.recall for gap in report.gaps if gap.past <= 16} == {1.0}
 
 
 def test_an_encoder_decoder(tmp_path: Path) -> None:
