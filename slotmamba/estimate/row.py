@@ -25,10 +25,10 @@ class RowShape:
 def row_shape(recipe: Recipe) -> RowShape:
     """The row that the training sources make.
 
-    Text has a label everywhere, and no padding but in the last row of an epoch. Generated recall samples say how many
-    labels and encoder tokens they have; the longest encoder row counts, as shorter ones are padded to it. Recall
-    samples from shards, which need not be there yet, are taken to have a label everywhere and as many encoder tokens as
-    decoder tokens, which is the most they can cost.
+    Text has a label everywhere, and no padding but in the last row of an epoch, or in rows that documents are
+    fitted into. Generated recall samples say how many labels and encoder tokens they have; the longest encoder row
+    counts, as shorter ones are padded to it. Recall samples from shards, which need not be there yet, are taken to
+    have a label everywhere and as many encoder tokens as decoder tokens, which is the most they can cost.
     """
     sources, length = recipe.data.sources, recipe.data.seq_len
     weight = sum(source.weight for source in sources)
@@ -36,7 +36,7 @@ def row_shape(recipe: Recipe) -> RowShape:
         tokens=length,
         encoder_tokens=max(_encoder_tokens(source, length) for source in sources) if recipe.model.encoder_layers else 0,
         labelled=sum(source.weight * _labelled(source, length) for source in sources) / weight,
-        padded=any(source.kind != "lm" for source in sources),
+        padded=recipe.data.packing == "best_fit" or any(source.kind != "lm" for source in sources),
     )
 
 
