@@ -129,16 +129,18 @@ def test_stops_at_random_points_with_other_worlds_change_nothing(folders: dict[s
     assert [read[number] for number in range(len(expected))] == expected
 
 
-def test_resumed_at_every_row_around_the_ends_of_epochs(folders: dict[str, Path]) -> None:
-    plan = open_plan([Source("few", shards=folders["few"])], 40, seed=5)
+@pytest.mark.parametrize(("name", "packing"), [("few", "concat"), ("few", "best_fit"), ("many", "best_fit")])
+def test_resumed_at_every_row_around_the_ends_of_epochs(folders: dict[str, Path], name: str, packing: Any) -> None:
+    def opened() -> Plan:
+        return open_plan([Source(name, shards=folders[name])], 40, seed=5, reading=Reading(packing, shuffle_shards=4))
+
+    plan = opened()
     epoch = plan.describe()[0].contents.rows_per_epoch
     assert epoch is not None
-    expected = [content(plan[number]) for number in range(2 * epoch + 20)]
+    expected = {number: content(plan[number]) for number in range(epoch - 2, 2 * epoch + 20)}
     for start in (*range(epoch - 2, epoch + 3), *range(2 * epoch - 2, 2 * epoch + 3)):
-        reader = PlanReader.from_state(
-            open_plan([Source("few", shards=folders["few"])], 40, seed=5), PlanReader(plan, start).state()
-        )
-        assert [content(row) for row in reader.next_batch(10)] == expected[start : start + 10]
+        reader = PlanReader.from_state(opened(), PlanReader(plan, start).state())
+        assert [content(row) for row in reader.next_batch(10)] == [expected[start + row] for row in range(10)]
 
 
 def test_weights_changed_at_a_resume(folders: dict[str, Path]) -> None:

@@ -101,8 +101,8 @@ def contents(folder: Path) -> dict[Path, bytes]:
          "here"),
         ("seed=1", "the data are not those of the saved run; changed: seed (was 0, is 1). Resume with the same data, "
          "or start a new run"),
-        ("data.sources.0.weight=2", "the data are not those of the saved run; changed: source recall: weight (was 1.0, "
-         "is 2.0). Resume with the same data, or start a new run"),
+        ("data.packing=best_fit", "the data are not those of the saved run; changed: source text: packing (was concat, "
+         "is best_fit). Resume with the same data, or start a new run"),
         ("model.vocab_size=300", "model.vocab_size=300, but the data have tokens up to 379: set it to 380 or more"),
         ("run_dir={data}/tiny.yaml", "{data}/tiny.yaml: File exists"),
     ],
