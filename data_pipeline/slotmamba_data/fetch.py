@@ -19,6 +19,10 @@ class TransientError(Exception):
     """A request failed in a way that may pass; the text says how."""
 
 
+class MissingError(Exception):
+    """There is no such file."""
+
+
 class Fetcher(Protocol):
     """Gets bytes of files below a base URL."""
 
@@ -26,7 +30,7 @@ class Fetcher(Protocol):
         """Bytes `first` to `past - 1` of a file, all of it without `past`; fewer where the file ends before.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            MissingError: there is no such file.
             InputError: it may not be read, or not in ranges.
             TransientError: it may work the next time.
         """
@@ -58,7 +62,7 @@ class HttpFetcher:
             raise TransientError(str(error)) from error
         status = response.status
         if status in (404, 410):
-            raise FileNotFoundError(f"{url} does not exist (status {status})")
+            raise MissingError(f"{url} does not exist (status {status})")
         if status == 416:
             return Fetched(b"", _size(response.headers.get("Content-Range")))
         if status in (408, 425, 429) or status >= 500:
@@ -91,7 +95,7 @@ class FsspecFetcher:
         try:
             return Fetched(self._files.cat_file(url, start=first, end=past), None)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise FileNotFoundError(f"{url} does not exist") from error
+            raise MissingError(f"{url} does not exist") from error
         except PermissionError as error:
             raise InputError(f"{url} cannot be read: {error}") from error
         except (OSError, TimeoutError) as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from slotmamba_data.chunk_cache import ChunkCache
 from slotmamba_data.errors import CorruptShardError, InputError
-from slotmamba_data.fetch import Fetched, TransientError, make_fetcher
+from slotmamba_data.fetch import MissingError, TransientError, make_fetcher
 from slotmamba_data.files import sha256_hex
 from slotmamba_data.manifest import MANIFEST_NAME, ShardEntry
 
@@ -77,8 +77,8 @@ class RemoteStore:
     def manifest(self) -> bytes:
         url = self.where(MANIFEST_NAME)
         try:
-            return self._retried(url, lambda: self._fetcher.fetch(url)).content
-        except FileNotFoundError as error:
+            return self._retried(url, lambda: self._fetcher.fetch(url).content)
+        except MissingError as error:
             raise InputError(
                 f"{error}, so {self._url} is not a complete folder of shards: upload one built with "
                 "`slotmamba data build`, all of it"
@@ -89,12 +89,16 @@ class RemoteStore:
 
     def index(self, entry: ShardEntry) -> bytes:
         key, url = f"index-{entry.index_sha256}", self.where(entry.index)
-        with self._cache.locked(key):
-            content = self._cache.read(key, 0, _LARGEST_INDEX)
-            if content is None or sha256_hex(content) != entry.index_sha256:
-                content = self._found("index", url, lambda: self._fetcher.fetch(url))
-                self._cache.put(key, content)
-        return content
+
+        def fetch() -> bytes:
+            with self._cache.locked(key):
+                content = self._cache.read(key, 0, _LARGEST_INDEX)
+                if content is None or sha256_hex(content) != entry.index_sha256:
+                    content = self._fetcher.fetch(url).content
+                    self._cache.put(key, content)
+            return content
+
+        return self._found("index", url, fetch)
 
     def open(self, entry: ShardEntry) -> RemoteFile:
         return RemoteFile(self, entry)
@@ -129,33 +133,32 @@ class RemoteStore:
         first = number * CHUNK_BYTES
         past = min(first + CHUNK_BYTES, entry.bytes)
 
-        def fetch() -> Fetched:
-            fetched = self._fetcher.fetch(url, first, past)
-            if fetched.size is not None and fetched.size != entry.bytes:
-                raise CorruptShardError(
-                    f"shard {url} has {fetched.size} bytes instead of {entry.bytes}: it was truncated or replaced; "
-                    "upload it again"
-                )
-            return fetched
+        def fetch() -> bytes:
+            with self._cache.locked(key):  # not while waiting for the next attempt
+                content = self._cache.read(key, 0, CHUNK_BYTES)
+                if content is None:
+                    content, size = self._fetcher.fetch(url, first, past)
+                    if size is not None and size != entry.bytes:
+                        raise CorruptShardError(
+                            f"shard {url} has {size} bytes instead of {entry.bytes}: it was truncated or replaced; "
+                            "upload it again"
+                        )
+                    self._cache.put(key, content)
+            return content
 
-        with self._cache.locked(key):
-            content = self._cache.read(key, 0, CHUNK_BYTES)
-            if content is None:
-                content = self._found("shard", url, fetch)
-                self._cache.put(key, content)
-        return content
+        return self._found("shard", url, fetch)
 
     def forget(self, entry: ShardEntry, number: int) -> None:
         """Drop a chunk, so that it is fetched anew."""
         self._cache.forget(_key(entry, number))
 
-    def _found(self, what: str, url: str, fetch: Callable[[], Fetched]) -> bytes:
+    def _found(self, what: str, url: str, fetch: Callable[[], bytes]) -> bytes:
         try:
-            return self._retried(url, fetch).content
-        except FileNotFoundError as error:
+            return self._retried(url, fetch)
+        except MissingError as error:
             raise CorruptShardError(f"{what} {url} is missing: upload the folder again") from error
 
-    def _retried(self, url: str, fetch: Callable[[], Fetched]) -> Fetched:
+    def _retried(self, url: str, fetch: Callable[[], bytes]) -> bytes:
         """What `fetch` returns, after as many attempts as it takes or the settings allow."""
         began = time.monotonic()
         delay = _FIRST_DELAY
@@ -174,7 +177,7 @@ class RemoteStore:
         raise AssertionError("there is at least one attempt")
 
     def close(self) -> None:
-        self._ahead.clear()
+        self._ahead.close()
 
 
 def _key(entry: ShardEntry, number: int) -> str:
@@ -204,14 +207,18 @@ class ReadAhead:
         while True:
             with self._changed:
                 while not self._waiting:
+                    if threading.current_thread() not in self._threads:
+                        return
                     self._changed.wait()
                 task = self._waiting.popitem(last=False)[1]
             task()
 
-    def clear(self) -> None:
-        """Drop what is queued."""
+    def close(self) -> None:
+        """Drop what is queued, and end the threads when they have done what they are at; `add` starts others."""
         with self._changed:
             self._waiting.clear()
+            self._threads.clear()
+            self._changed.notify_all()
 
 
 class RemoteFile:

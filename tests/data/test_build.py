@@ -34,7 +34,7 @@ from pathlib import Path
 from slotmamba_data import Tokenizer, build_text
 inputs = sys.argv[5:] or ["austen:val"]
 build_text(inputs, Tokenizer(sys.argv[1]), Path(sys.argv[2]), validation=0.2, document_bytes=300,
-           shard_bytes=int(sys.argv[3]), workers=int(sys.argv[4]))
+           shard_bytes=int(sys.argv[3]), workers=int(sys.argv[4]), deduplicate=int(sys.argv[4]) > 1)
 """
 
 # Dies once six files were moved.
@@ -141,7 +141,8 @@ def test_killed_build_goes_on_and_gives_the_same_bytes(tmp_path: Path, tokenizer
     process = start_build(tokenizer, output, workers=workers, inputs=inputs)
     process.communicate()
     assert process.returncode == 0
-    build_text(inputs, tokenizer, tmp_path / "whole", validation=0.2, document_bytes=300, shard_bytes=20_000)
+    options: dict[str, Any] = {"validation": 0.2, "document_bytes": 300, "shard_bytes": 20_000}
+    build_text(inputs, tokenizer, tmp_path / "whole", deduplicate=workers > 1, **options)
     for split in ("train", "val"):
         verify(output / split)
     assert content(output) == content(tmp_path / "whole")

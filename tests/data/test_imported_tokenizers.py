@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,15 @@ def test_imported_tokenizers_make_shards(byte_level: Path, tmp_path: Path) -> No
     (tmp_path / "a.txt").write_text("Some text.\n")
     manifest = build_text([tmp_path / "a.txt"], tokenizer, tmp_path / "shards")["train"]
     assert manifest.tokenizer == tokenizer.digest and manifest.tokens == 2 + len(tokenizer.encode("Some text.\n"))
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "dummy_prefix"])
+def test_worker_processes_get_the_same_tokenizer(text: list[str], kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = Tokenizer(request.getfixturevalue(kind))
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert (copy.digest, copy.vocab_size) == (tokenizer.digest, tokenizer.vocab_size)
+    for each in text:
+        np.testing.assert_array_equal(copy.encode(each), tokenizer.encode(each))
 
 
 def test_what_cannot_be_used_is_said(byte_level: Path, tmp_path: Path) -> None:
