@@ -14,9 +14,9 @@ from slotmamba.config.data import DataConfig, SourceConfig
 from slotmamba.config.schema import Recipe
 from slotmamba.errors import InputError
 from slotmamba.models.slotmamba import IGNORED
+from slotmamba.step_rows import StepRows
 from slotmamba.world import World
 from slotmamba_data import Plan, Reading, Row, Source, Tokenizer, WeightChange, open_plan
-from slotmamba_data.remote import RemoteSettings
 
 
 @dataclass(frozen=True)
@@ -108,29 +108,19 @@ def plan_source(config: SourceConfig, changes: tuple[WeightChange, ...] = ()) ->
 
 def plan_reading(data: DataConfig) -> Reading:
     """How a recipe's rows are made of shards."""
-    remote = RemoteSettings(
-        cache=data.remote.cache,
-        cache_bytes=int(data.remote.cache_gib * 2**30),
-        attempts=data.remote.attempts,
-        timeout=data.remote.timeout,
-    )
-    return Reading(data.packing, data.shuffle_shards, data.on_corrupt, remote)
+    return Reading(data.packing, data.shuffle_shards, data.on_corrupt, data.remote.settings)
 
 
-def training_plan(recipe: Recipe, step: int = 0, row: int = 0) -> Plan:
-    """The plan of a recipe's training rows, for a run whose step number `step` begins with row `row`.
+def training_plan(recipe: Recipe, steps: StepRows | None = None) -> Plan:
+    """The plan of a recipe's training rows; steps: the rows of the run's steps, if not all are of the recipe's batch.
 
     Raises:
         InputError: as `open_plan`.
     """
-
-    def first_row(other: int) -> int:
-        """The row that step `other` begins with; the steps before `step` are taken to have had equally many."""
-        return row + (other - step) * recipe.rows_per_step if other > step else row * other // step
-
+    steps = steps or StepRows.constant(recipe.rows_per_step)
     sources = []
     for config in recipe.data.sources:
-        changes = (WeightChange(first_row(each.step), each.weight, each.linear) for each in config.weight_changes)
+        changes = (WeightChange(steps.first_row(each.step), each.weight, each.linear) for each in config.weight_changes)
         sources.append(plan_source(config, tuple(changes)))
     return open_plan(sources, recipe.data.seq_len, recipe.seed, reading=plan_reading(recipe.data))
 

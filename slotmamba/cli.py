@@ -138,8 +138,11 @@ def _planned(name: str, overrides: Sequence[str]) -> PlannedRun:
     from slotmamba.batch import training_plan
     from slotmamba_data.inspect_cli import PlannedRun
 
-    rows = recipe.train.total_steps * recipe.rows_per_step
-    return PlannedRun(recipe.name, training_plan(recipe), rows, recipe.rows_per_step, recipe.data.tokenizer)
+    plan, step = training_plan(recipe), recipe.rows_per_step
+    rows, ends = recipe.train.total_steps * step, plan.ends()
+    if ends is not None:
+        rows = min(rows, ends[0] // step * step)
+    return PlannedRun(recipe.name, plan, rows, step, recipe.data.tokenizer)
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from slotmamba.config.schema import Recipe
 from slotmamba.errors import InputError
@@ -18,9 +19,10 @@ def missing_data(recipe: Recipe) -> list[str]:
     named: list[tuple[str, str | None, Callable[[str], object]]] = [
         ("data.tokenizer", recipe.data.tokenizer, find_tokenizer)
     ]
+    manifest = partial(read_manifest, remote=recipe.data.remote.settings)
     for key in ("sources", "validation"):
         for number, source in enumerate(getattr(recipe.data, key)):
-            named.append((f"data.{key}.{number}.shards", source.shards, read_manifest))
+            named.append((f"data.{key}.{number}.shards", source.shards, manifest))
     lines = []
     for key, path, find in named:
         try:

@@ -31,6 +31,7 @@ from slotmamba.progress import Progress
 from slotmamba.readiness import missing_data
 from slotmamba.schedule import learning_rate
 from slotmamba.signals import StopFlag
+from slotmamba.step_rows import StepRows
 from slotmamba.tracking import Tracker
 from slotmamba.world import World, joined
 from slotmamba_data import PlanReader
@@ -87,7 +88,8 @@ class Trainer:
         self.engine = build_engine(recipe, world)
         watch.engine_built()
         self.train_step = GlobalStep(recipe, self.engine)
-        self.plan = training_plan(recipe)
+        self.steps = StepRows.constant(recipe.rows_per_step)
+        self.plan = training_plan(recipe, self.steps)
         self.validation = Validation(recipe)
         check_data(recipe, [self.plan, *self.validation.plans])
         self.store = CheckpointStore(
@@ -119,10 +121,11 @@ class Trainer:
         self.saved = self.step, False
         if not progress:  # a seed checkpoint
             return
-        consumed = progress["data"]["samples_consumed"]
-        if consumed != self.step * self.recipe.rows_per_step:  # the size of the batch was changed
+        before = StepRows.of(progress["batch_sizes"])
+        self.steps = before.resumed(self.step, progress["data"]["samples_consumed"], self.recipe.rows_per_step)
+        if len(self.steps.sizes) > 1:
             self.plan.close()
-            self.plan = training_plan(self.recipe, self.step, consumed)
+            self.plan = training_plan(self.recipe, self.steps)
         self.reader = PlanReader.from_state(self.plan, progress["data"])
         self.plan = self.reader.plan
         self.labelled_tokens = progress["labelled_tokens"]
@@ -136,9 +139,13 @@ class Trainer:
         """The last step, and the source whose end brings it forward, if one does."""
         recipe, ends = self.recipe, self.plan.ends()
         asked = recipe.train.total_steps
-        if ends is None or ends[0] >= asked * recipe.rows_per_step:
+        if recipe.train.tokens is not None:
+            rows = -(-recipe.train.tokens // recipe.data.seq_len)
+            done = self.steps.steps_within(rows)
+            asked = done + (self.steps.first_row(done) < rows)
+        if ends is None or ends[0] >= self.steps.first_row(asked):
             return asked, None
-        steps = ends[0] // recipe.rows_per_step
+        steps = self.steps.steps_within(ends[0])
         if steps < max(1, recipe.optim.warmup):
             raise InputError(
                 f"source {ends[1]!r} is exhausted after {steps} steps (on_exhausted=stop), "
@@ -324,6 +331,7 @@ class Trainer:
             self.metrics.sync()
         progress = {
             "data": self.reader.state(),
+            "batch_sizes": self.steps.sizes,
             "labelled_tokens": self.labelled_tokens,
             "skipped_documents": self.skipped_documents,
             "skips_in_a_row": self.skips_in_a_row,

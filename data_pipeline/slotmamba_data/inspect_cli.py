@@ -133,6 +133,8 @@ def _inspect_run(args: argparse.Namespace, run: PlannedRun) -> int:
     if args.at is not None:
         if args.at < 0:
             raise InputError(f"--at {args.at}: rows are numbered from 0")
+        if args.at >= run.rows:
+            print(f"the run ends after row {run.rows - 1:,}")
         _print_row(run, args.at, tokenizer)
         return 0
     plan = run.plan

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
 from slotmamba.config.section import Name, Section
 from slotmamba_data import mqar_spec, schedule
+
+if TYPE_CHECKING:
+    from slotmamba_data.remote import RemoteSettings
 
 
 class MQARSetting(Section):
@@ -105,6 +108,12 @@ class RemoteConfig(Section):
     cache_gib: float = Field(32.0, gt=0, description="How large it may become, in GiB; processes share it.")
     attempts: int = Field(10, ge=1, description="Tries of a request, with growing waits, before it is an error.")
     timeout: float = Field(30.0, gt=0, description="Seconds without any data after which a request has failed.")
+
+    @property
+    def settings(self) -> RemoteSettings:
+        from slotmamba_data.remote import RemoteSettings
+
+        return RemoteSettings(self.cache, int(self.cache_gib * 2**30), self.attempts, self.timeout)
 
 
 class DataConfig(Section):

@@ -68,7 +68,7 @@ def test_few_tokens(backend: str, length: int) -> None:
 def test_half_precision_inputs_under_autocast(backend: str) -> None:
     seed_afresh()
     case = random_case(length=33, dtype=torch.float32, inject=True)
-    rough = {name: case.tensors[name].bfloat16() for name in ("q", "k", "u_k", "u_v", "c_k")}
+    rough = {name: case.tensors[name].bfloat16() for name in ("q", "k", "u_k", "u_v", "c_k", "c_v")}
     case = case.with_tensors(**rough)
     with torch.autocast(DEVICE, torch.bfloat16):
         want = outputs_and_gradients(case, backend, recompute=False)

@@ -183,3 +183,23 @@ def test_the_recipe_that_mixes_text_and_recall(tmp_path: Path) -> None:
     validated = {record["source"]: record for record in records(tmp_path / "run", "validation")}
     settings = {"64x4", "64x8_updates4", "128x16_passes2", "256x32"}
     assert validated.keys() == set(names) and {f"recall/{each}" for each in settings} <= validated["recall"].keys()
+
+
+def test_a_source_that_stops_ends_the_run_after_another_batch_size_too(runs: Runs, tmp_path: Path) -> None:
+    """Within a step of the source's last row, whatever its batches were on the way."""
+    settings = ["data.sources.1.on_exhausted=stop", "data.sources.1.weight=20", "optim.warmup=1"]
+    recipe = runs.recipe(tmp_path, *settings)
+    batch, rows, ends = recipe.train.global_batch_tokens, recipe.rows_per_step, training_plan(recipe).ends()
+    assert ends is not None and ends[0] > 6 * rows
+    assert train(runs.recipe(tmp_path, *settings, "train.steps=3")) == 0
+    assert train(runs.recipe(tmp_path, *settings, "train.steps=1000", f"train.global_batch_tokens={2 * batch}")) == 0
+    read = records(tmp_path, "train")[-1]["tokens"] // recipe.data.seq_len
+    assert ends[0] - 2 * rows < read <= ends[0]
+
+
+def test_tokens_asked_for_are_those_after_another_batch_size_too(runs: Runs, tmp_path: Path) -> None:
+    batch = runs.recipe(tmp_path).train.global_batch_tokens
+    settings = ["train.steps=null", f"train.tokens={9 * batch}", "optim.warmup=1"]
+    assert train(runs.recipe(tmp_path, "train.steps=3")) == 0
+    assert train(runs.recipe(tmp_path, *settings, f"train.global_batch_tokens={2 * batch}")) == 0
+    assert records(tmp_path, "train")[-1]["tokens"] == 9 * batch
