@@ -97,7 +97,19 @@ class Manifest:
             values["shards"] = tuple(ShardEntry(**entry) for entry in values["shards"])
             if version == FORMAT and values.keys() == {each.name for each in fields(cls)}:
                 values["sources"] = {name: SourceCount(**count) for name, count in values["sources"].items()}
-                return cls(**values)
+                return cls(**values)._checked()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{name} is not a manifest of shards ({error}): build the folder again") from error
         raise InputError(f"{name} has format {version}, expected {FORMAT}: build the folder again with this version")
+
+    def _checked(self) -> Self:
+        """Raises ValueError: a number is none, or totals are not the sums over the shards."""
+        for name, least in (("vocab_size", 1), ("documents", 0), ("tokens", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}")
+        for name in ("documents", "tokens"):
+            total = sum(getattr(entry, name) for entry in self.shards)
+            if getattr(self, name) != total:
+                raise ValueError(f"{name} is {getattr(self, name)}, the shards have {total}")
+        return self

@@ -241,6 +241,12 @@ class _Shard:
         self._crcs = memoryview(columns.pop("block_crc32"))
         self._checked = bytearray(len(self._crcs))  # 1 for blocks that are what was written
         self.index = ShardIndex(columns)
+        found = len(self.index.counts), int(self.index.counts.sum())
+        if found != (entry.documents, entry.tokens):
+            raise CorruptShardError(
+                f"{store.where(MANIFEST_NAME)} says that {entry.name} has {entry.documents} documents of "
+                f"{entry.tokens} tokens, its index has {found[0]} of {found[1]}: build the folder again"
+            )
         self._begins: dict[Array, np.ndarray] = {}
         self._samples: dict[Array, tuple[np.ndarray, np.ndarray]] = {}
         self._file = store.open(entry)

@@ -173,12 +173,29 @@ class TextReader:
                 for group in range(self._start, stop):
                     row = 0
                     for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
-                        for values in batch.to_pylist():
+                        for values in _rows(batch):
                             row += 1
-                            yield _document(values, field, self._spec, f"input {path}, row {row} of group {group}")
+                            where = f"input {path}, row {row} of group {group}"
+                            if isinstance(values, UnicodeDecodeError):
+                                message = f"{where}: not UTF-8 text ({values.reason})"
+                                yield BadDocument("not UTF-8", message, self._spec)
+                            else:
+                                yield _document(values, field, self._spec, where)
                     self.position = group + 1
-        except arrow_error as error:
+        except (arrow_error, OSError) as error:  # of a damaged page pyarrow says so by an OSError
             raise InputError(f"input {path} is not a Parquet file that can be read: {error}") from error
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    """The rows of a batch of Arrow columns, or why one cannot be read."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # of some row, before the first is given
+        for number in range(batch.num_rows):
+            try:
+                yield batch.slice(number, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield error
 
 
 def parquet_groups(path: Path) -> list[int]:
@@ -229,7 +246,7 @@ def _json_document(line: bytes, field: str, spec: str, where: str) -> Document |
         values = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return BadDocument("not UTF-8", f"{where}: not UTF-8 text ({error.reason})", spec)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a ValueError too: a number of more digits than Python reads
         return BadDocument("not JSON", f"{where}: not JSON ({error})", spec)
     if not isinstance(values, dict) or field not in values:
         return BadDocument(f"no {field}", f"{where}: expected an object with the field `{field}`", spec)
@@ -247,7 +264,7 @@ def _document(values: dict[str, Any], field: str, spec: str, where: str) -> Docu
     return Document(
         text,
         source if isinstance(source, str) and is_unicode(source) else spec,
-        name if isinstance(name, (str, int)) else None,
+        name if isinstance(name, int) or (isinstance(name, str) and is_unicode(name)) else None,
     )
 
 

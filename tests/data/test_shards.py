@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from slotmamba_data import MQARSetting, MQARSpec, ShardFolder, ShardWriter, build_mqar, generate_mqar, verify
 from slotmamba_data.blocks import BLOCK_BYTES
+from slotmamba_data.errors import CorruptShardError, InputError
 from slotmamba_data.shards import Shard
 
 LENGTHS = [1, 2, 500, 3000, 7, 9000, 40, 41, 42, 20_000]
@@ -399,3 +400,24 @@ def test_any_documents_come_back(
     np.testing.assert_array_equal(np.concatenate(spans), np.concatenate(documents))
     folder.close()
     shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("name", ["documents", "tokens"])
+def test_counts_that_the_index_does_not_have_are_named(shards: tuple[Path, list[np.ndarray]], name: str) -> None:
+    folder, _ = shards
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][1][name] += 1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=rf"manifest of shards \({name} is .*, the shards have"):
+        ShardFolder(folder)
+    manifest[name] += 1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CorruptShardError, match=r"manifest\.json says that shard-000001\.tar has \d+ documents"):
+        ShardFolder(folder).index(1)
+    with pytest.raises(CorruptShardError):
+        verify(folder)
+    manifest["vocab_size"] = "x"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="vocab_size is 'x'"):
+        ShardFolder(folder)

@@ -13,6 +13,7 @@ import zstandard
 from pyarrow import parquet
 
 from slotmamba_data import open_text
+from slotmamba_data.errors import InputError
 from slotmamba_data.inputs import pieces
 from slotmamba_data.text import DOCUMENT_BYTES, EMBEDDED, BadDocument, Document, TextOptions, TextReader
 
@@ -145,3 +146,28 @@ def test_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.delitem(sys.modules, "slotmamba_data.zstd_file", raising=False)
         with pytest.raises(ValueError, match=rf"{module}, which .* is not installed: pip install 'slotmamba\[data\]'"):
             list(open_text(tmp_path / name))
+
+
+def test_lines_and_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    """Numbers of too many digits, brackets too deep, and bytes in a Parquet column of strings that are none."""
+    lines = ['{"text": "good"}', "1" * 5000, "[" * 100_000, '{"text": "odd name", "id": "\\ud800"}']
+    (tmp_path / "some.jsonl").write_text("\n".join(lines))
+    found = list(TextReader(str(tmp_path / "some.jsonl"), TextOptions()))
+    assert [type(each).__name__ for each in found] == ["Document", "BadDocument", "BadDocument", "Document"]
+    assert "some.jsonl, line 2: not JSON" in found[1].message and "line 3: not JSON" in found[2].message
+    assert found[3].id is None
+
+    raw = pyarrow.array([b"one", b"\xff\xfe", b"three"]).cast(pyarrow.binary())
+    strings = pyarrow.StringArray.from_buffers(len(raw), *raw.buffers()[1:])
+    path = tmp_path / "some.parquet"
+    parquet.write_table(pyarrow.table({"text": strings}), path)
+    one, two, three = TextReader(str(path), TextOptions())
+    assert (one.text, three.text) == ("one", "three")
+    assert isinstance(two, BadDocument) and "some.parquet, row 2 of group 0: not UTF-8" in two.message
+
+    parquet.write_table(pyarrow.table({"text": ["a text that is long enough"] * 500}), path, compression="snappy")
+    content = bytearray(path.read_bytes())
+    content[30:60] = bytes(30)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"some\.parquet is not a Parquet file that can be read"):
+        list(TextReader(str(path), TextOptions()))
