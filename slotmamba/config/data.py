@@ -105,7 +105,9 @@ class RemoteConfig(Section):
     cache: str | None = Field(
         None, description="Folder for what was fetched; null is one for this user in the folder for temporary files."
     )
-    cache_gib: float = Field(32.0, gt=0, description="How large it may become, in GiB; processes share it.")
+    cache_gib: float = Field(
+        32.0, ge=1 / 256, description="How large it may become, in GiB, 4 MiB at least; processes share it."
+    )
     attempts: int = Field(10, ge=1, description="Tries of a request, with growing waits, before it is an error.")
     timeout: float = Field(30.0, gt=0, description="Seconds without any data after which a request has failed.")
 
