@@ -37,19 +37,19 @@ class Fetcher(Protocol):
         ...
 
 
-def make_fetcher(url: str, timeout: float) -> Fetcher:
-    """The fetcher for the protocol of a URL; `timeout` seconds without any data are an error."""
-    return HttpFetcher(timeout) if url.startswith(("http://", "https://")) else FsspecFetcher(url)
+def make_fetcher(url: str, timeout: float, threads: int) -> Fetcher:
+    """The fetcher for the protocol of a URL, for so many threads; `timeout` seconds without any data are an error."""
+    return HttpFetcher(timeout, threads) if url.startswith(("http://", "https://")) else FsspecFetcher(url)
 
 
 class HttpFetcher:
     """Ranged GET requests over connections that are kept open."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, threads: int) -> None:
         import urllib3
 
         self._errors = urllib3.exceptions.HTTPError
-        self._pool = urllib3.PoolManager(retries=False, timeout=urllib3.Timeout(timeout), maxsize=4)
+        self._pool = urllib3.PoolManager(retries=False, timeout=urllib3.Timeout(timeout), maxsize=threads)
 
     def fetch(self, url: str, first: int = 0, past: int | None = None) -> Fetched:
         # Compressed on the way, the bytes of a range would be those of the compressed file.

@@ -67,7 +67,7 @@ class RemoteStore:
     def __init__(self, url: str, settings: RemoteSettings) -> None:
         self._url = url.rstrip("/")
         self._settings = settings
-        self._fetcher = make_fetcher(self._url, settings.timeout)
+        self._fetcher = make_fetcher(self._url, settings.timeout, _THREADS + 1)
         self._cache = ChunkCache(settings.cache_folder, settings.cache_bytes)
         self._ahead = ReadAhead()
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +247,33 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
     for wrong in ({"attempts": 0}, {"timeout": 0.0}, {"cache_bytes": 1000}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
             RemoteSettings(**wrong)
+
+
+def test_connections_are_kept_for_all_threads_that_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    threads = remote._THREADS + 1
+    together = threading.Barrier(threads, timeout=60)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # which keeps connections open
+
+        def do_GET(self) -> None:
+            together.wait()
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *words: object) -> None:
+            """Nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        store = remote.RemoteStore(f"http://127.0.0.1:{server.server_port}", settings(tmp_path))
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in range(2):
+                reading = [pool.submit(store.manifest) for _ in range(threads)]
+                assert [each.result(timeout=60) for each in reading] == [b"{}"] * threads
+        server.shutdown()
+        store.close()
+    assert "Connection pool is full" not in caplog.text
