@@ -103,7 +103,11 @@ class Manifest:
         raise InputError(f"{name} has format {version}, expected {FORMAT}: build the folder again with this version")
 
     def _checked(self) -> Self:
-        """Raises ValueError: a number is none, or totals are not the sums over the shards."""
+        """Raises ValueError: a value cannot be, or totals are not the sums over the shards."""
+        if self.kind not in ("lm", "mqar") or self.form not in ("decoder", "seq2seq"):
+            raise ValueError(f"kind and form are {self.kind!r} and {self.form!r}")
+        if self.token_dtype not in ("uint16", "uint32"):
+            raise ValueError(f"token_dtype is {self.token_dtype!r}")
         for name, least in (("vocab_size", 1), ("documents", 0), ("tokens", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:

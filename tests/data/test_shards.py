@@ -417,7 +417,7 @@ def test_counts_that_the_index_does_not_have_are_named(shards: tuple[Path, list[
         ShardFolder(folder).index(1)
     with pytest.raises(CorruptShardError):
         verify(folder)
-    manifest["vocab_size"] = "x"
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="vocab_size is 'x'"):
-        ShardFolder(folder)
+    for key in ("vocab_size", "documents", "tokens", "kind", "form", "token_dtype"):
+        path.write_text(json.dumps({**manifest, key: "x"}))
+        with pytest.raises(InputError, match=f"{key}.* '?x'?"):
+            ShardFolder(folder)
