@@ -7,7 +7,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -150,7 +151,7 @@ def build_mqar(
         spec: the samples; the weights of its settings do not matter here.
         counts: samples of each setting, in order.
         output: folder of the shards.
-        seed: of the samples.
+        seed: of the samples, 0 to 2^63 - 1.
         stream: name that separates sets of samples of the same seed; that of a plan's generated source is SPLIT/NAME.
         shard_bytes: size at which a shard is closed.
         workers: processes that make samples.
@@ -158,7 +159,7 @@ def build_mqar(
         display: shows progress.
 
     Raises:
-        InputError: a count below 1, or the output is complete already.
+        InputError: a count below 1, a seed that no recipe can have, or the output is complete already.
         ChildProcessError: a worker died.
         OSError: the output cannot be written; it is not complete then.
     """
@@ -166,6 +167,8 @@ def build_mqar(
         raise InputError(
             f"counts of samples {list(counts)}: expected one of at least 1 for each of {len(spec.settings)} settings"
         )
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed={seed}: expected 0 to 2^63 - 1, as in a recipe")
     job = RecallJob.of(spec, counts, seed, stream, _checked(shard_bytes))
     about = {**job.about(), "shard_bytes": shard_bytes}
     plan = _Plan(job, "mqar", spec.form, spec.vocab_size, None, about, about)
@@ -321,12 +324,25 @@ def _manifest(plan: _Plan, split: str, found: Sequence[ShardEntry], built: Seque
 
 def _check_documents(manifests: Mapping[str, Manifest]) -> None:
     total = sum(manifest.documents for manifest in manifests.values())
+    if not total:
+        raise InputError(_nothing(next(iter(manifests.values())).about["inputs"], manifests.values()))
     for split, manifest in manifests.items():
         if not manifest.documents:
             raise InputError(
                 f"no document went to {split}: the input has {total}; "
                 "cut smaller ones (--document-kib) or change the share (--validation)"
             )
+
+
+def _nothing(inputs: Sequence[str], manifests: Iterable[Manifest]) -> str:
+    """Says that inputs gave no document, and what was in them instead."""
+    skipped: Counter[str] = Counter()
+    for manifest in manifests:
+        for count in manifest.sources.values():
+            skipped.update(count.skipped)
+    what = ", ".join(f"{number:,} left out ({reason})" for reason, number in sorted(skipped.items()))
+    more = f" and {len(inputs) - 3:,} more" if len(inputs) > 3 else ""
+    return f"there are no documents in {', '.join(inputs[:3])}{more}: {what or 'nothing is in there'}"
 
 
 def _publish(manifest: Manifest, found: Sequence[ShardEntry], source: Path, target: Path) -> None:

@@ -207,7 +207,7 @@ def parquet_groups(path: Path) -> list[int]:
     parquet, arrow_error = _pyarrow()
     try:
         metadata = parquet.read_metadata(path)
-    except arrow_error as error:
+    except (arrow_error, OSError) as error:  # of a damaged footer pyarrow says so by an OSError
         raise InputError(f"input {path} is not a Parquet file that can be read: {error}") from error
     return [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from slotmamba_data import (
     MQARSetting,
@@ -27,6 +29,7 @@ from slotmamba_data import (
     open_text,
     verify,
 )
+from slotmamba_data.errors import InputError
 
 BUILD = """
 import sys
@@ -89,6 +92,20 @@ def test_split_without_documents_is_refused(tmp_path: Path, tokenizer: Tokenizer
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(ValueError, match="expected a share"):
         build_text([path], tokenizer, tmp_path / "out", validation=1.0)
+
+
+def test_inputs_without_documents_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    empty, bad, out = tmp_path / "empty.txt", tmp_path / "bad.jsonl", tmp_path / "out"
+    empty.touch()
+    bad.write_text("no JSON\n" * 3)
+    with pytest.raises(InputError, match=r"no documents in .*empty\.txt: nothing is in there"):
+        build_text([empty], tokenizer, out)
+    with pytest.raises(InputError, match=r"empty\.txt, .*bad\.jsonl: 3 left out \(not JSON\)"):
+        build_text([empty, bad], tokenizer, out, skip_bad=True, validation=0.5)
+    table = tmp_path / "empty.parquet"
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), table)
+    with pytest.raises(InputError, match=r"no documents in .*empty\.parquet: nothing is in there"):
+        build_text([table], tokenizer, out)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
