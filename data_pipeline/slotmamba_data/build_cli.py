@@ -113,6 +113,8 @@ def _build_text(args: argparse.Namespace) -> dict[str, Manifest]:
 
     if not args.input or args.tokenizer is None:
         raise InputError("building text needs --input and --tokenizer (or give --mqar for recall samples)")
+    if args.document_kib is not None and args.document_kib < 0:
+        raise InputError(f"--document-kib {args.document_kib}: expected at least 1, or 0 for whole files")
     document_bytes = DOCUMENT_BYTES if args.document_kib is None else args.document_kib * 1024 or None
     with _Bar() as bar:
         return build_text(

@@ -128,6 +128,8 @@ def _inspect_run(args: argparse.Namespace, run: PlannedRun) -> int:
     from slotmamba_data.tokenizer import Tokenizer
 
     workers = _numbers(args.workers)
+    if args.rows is not None and args.rows < 0:
+        raise InputError(f"--rows {args.rows}: expected at least 0")
     path = args.tokenizer or run.tokenizer
     tokenizer = None if path is None else Tokenizer(path)
     if args.at is not None:

@@ -97,6 +97,7 @@ def test_one_row(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["{recipe}", "--document", "3"], "--document has no meaning for a recipe"),
         (["{recipe}", "--workers", "0,x"], "--workers 0,x: expected whole numbers, such as 0,1,2,4"),
+        (["{recipe}", "--rows", "-1"], "--rows -1: expected at least 0"),
         (["{recipe}", "--at", "-1"], "rows are numbered from 0"),
         (["{recipe}", "data.seq_len=16"], "samples of 32 tokens do not fit rows of data.seq_len=16"),
         (["{shards}", "--at", "3"], "--at has no meaning for a folder of shards"),

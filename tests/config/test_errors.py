@@ -25,6 +25,7 @@ OVERRIDES = [
     ("optim.lr=.nan", "optim.lr: expected a number more than 0, got nan"),
     ("optim.lr=0", "optim.lr: expected a number more than 0, got 0"),
     ("model.slots.top_k=64", "model.slots.top_k: expected an integer from 1 to 32, got 64"),
+    ("data.remote.cache_gib=0.001", "data.remote.cache_gib: expected a number at least 0.00390625, got 0.001"),
     ("optim.betas=[0.9]", "optim.betas.1: missing, expected a number at least 0 and less than 1"),
     ("optim.betas=[0.9, 1.0]", "optim.betas.1: expected a number at least 0 and less than 1, got 1.0"),
     ("model.encoder_attn_layers=[a]", "model.encoder_attn_layers.0: expected an integer, got 'a'"),
