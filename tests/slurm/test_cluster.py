@@ -50,6 +50,12 @@ def test_tasks_run_on_their_nodes(cluster: SlurmCluster) -> None:
     assert sorted(cluster.run("srun", "--nodes=3", "hostname").stdout.split()) == ["node1", "node2", "node3"]
 
 
+def test_gpus_that_are_none(cluster: SlurmCluster) -> None:
+    """Jobs that ask for GPUs are given numbers of some."""
+    printed = cluster.run("srun", "--gpus-per-node=2", "printenv", "CUDA_VISIBLE_DEVICES").stdout
+    assert printed == "0,1\n"
+
+
 def test_accounts_of_a_cancelled_job(cluster: SlurmCluster) -> None:
     number = cluster.run("sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 60").stdout.strip()
     cluster.wait_for_job(number, ("RUNNING",))

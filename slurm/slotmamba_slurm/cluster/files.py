@@ -17,7 +17,7 @@ from pathlib import Path
 
 CLUSTER = "slotmamba"
 PARTITIONS = ("normal", "preemptible")
-CPUS, MEMORY_MIB = 4, 4000  # of each node, whatever the machine has (config_overrides)
+CPUS, MEMORY_MIB, GPUS = 4, 4000, 2  # of each node, whatever the machine has (config_overrides)
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,10 @@ def write_files(folder: Path, nodes: list[Node]) -> None:
     # Nothing here uses cgroups, but slurmd loads a plugin for them whatever slurm.conf says. That of v1 loads
     # anywhere; releases that know `disabled` want that.
     (etc / "cgroup.conf").write_text(f"CgroupPlugin={'disabled' if _version() >= (23, 2) else 'cgroup/v1'}\n")
+    # slurmd wants character devices; without cgroups it guards nothing. With the flag it sets CUDA's variable alone.
+    for gpu in range(GPUS):
+        (folder / "run" / f"gpu{gpu}").symlink_to("/dev/null")
+    (etc / "gres.conf").write_text(f"Name=gpu File={folder}/run/gpu[0-{GPUS - 1}] Flags=nvidia_gpu_env\n")
     known = Path("/etc/hosts").read_text()
     (etc / "hosts").write_text(known + "".join(f"{node.address} {node.name}\n" for node in nodes))
 
@@ -111,6 +115,7 @@ def _slurm_conf(folder: Path, nodes: list[Node], controller_port: int, accountin
         "SelectTypeParameters=CR_Core_Memory",
         "SlurmdParameters=config_overrides",
         "DefMemPerCPU=500",
+        "GresTypes=gpu",
         "JobRequeue=1",
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",
@@ -118,7 +123,7 @@ def _slurm_conf(folder: Path, nodes: list[Node], controller_port: int, accountin
         "SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=100000",
         "PriorityType=priority/basic",
         "ReturnToService=2",
-        "KillWait=5",
+        "KillWait=10",
         "SlurmdTimeout=10",
         "MessageTimeout=5",
         "TCPTimeout=2",
@@ -132,7 +137,7 @@ def _slurm_conf(folder: Path, nodes: list[Node], controller_port: int, accountin
         "JobAcctGatherType=jobacct_gather/linux",
         *(
             f"NodeName={node.name} NodeHostname={node.name} NodeAddr={node.address} Port={node.port} "
-            f"CPUs={CPUS} RealMemory={MEMORY_MIB} State=UNKNOWN"
+            f"CPUs={CPUS} RealMemory={MEMORY_MIB} Gres=gpu:{GPUS} State=UNKNOWN"
             for node in nodes
         ),
         "PartitionName=normal Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE",
