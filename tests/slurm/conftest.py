@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from slotmamba_slurm.cluster import SlurmCluster, missing_for_a_cluster
+from tests.slurm.jobs import TWO, arguments, cli, succeeds
 
 MISSING = missing_for_a_cluster()
 
@@ -30,3 +31,12 @@ def cluster(one_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setenv("SLURM_CONF", str(one_cluster.conf))
     yield one_cluster
     one_cluster.reset()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two processes on this machine that nobody disturbs."""
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    out = succeeds(cli("submit", *arguments(run_dir, *TWO, "cluster=local")))
+    assert out.startswith("mqar-tiny: job ") and " on this machine: 2 processes\n" in out
+    return run_dir

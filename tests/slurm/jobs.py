@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,36 @@ TWO = ["parallel.engine=fsdp2", "parallel.shard=2"]
 
 def arguments(run_dir: Path, *more: str) -> list[str]:
     return ["mqar-tiny", f"run_dir={run_dir}", *SMALL, *more]
+
+
+def cli(*arguments: str, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "slotmamba.cli", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def succeeds(process: subprocess.Popen[str]) -> str:
+    """What the command printed."""
+    try:
+        out, err = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    return out
+
+
+def submitted(cluster: SlurmCluster, run_dir: Path, *more: str, **variables: str) -> str:
+    """Submits two processes on two nodes; the number of the job."""
+    command = cli(
+        "submit", *arguments(run_dir, *TWO, "slurm.nodes=2", *more), SLURM_CONF=str(cluster.conf), **variables
+    )
+    found = re.match(r"mqar-tiny: job (\d+) on 2 nodes: 2 processes\n", succeeds(command))
+    assert found
+    return found[1]
 
 
 def output(run_dir: Path, job: str, rank: int = 0) -> str:

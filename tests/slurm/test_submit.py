@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +13,7 @@ import pytest
 from slotmamba.cli import main
 from slotmamba.environment import git_state
 from slotmamba_slurm.cluster import SlurmCluster
-from tests.slurm.jobs import TWO, arguments, completed, holds, output, step, until
+from tests.slurm.jobs import TWO, arguments, cli, completed, holds, output, step, submitted, succeeds, until
 from tests.train.runs import assert_same_tensors, committed, fails, records, tensors
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
@@ -24,40 +21,11 @@ pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 SECRET = "hunter2-in-the-environment"
 
 
-def cli(*arguments: str, **variables: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "slotmamba.cli", *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def succeeds(process: subprocess.Popen[str]) -> str:
-    """What the command printed."""
-    try:
-        out, err = process.communicate(timeout=90)
-    finally:
-        process.kill()
-    assert process.returncode == 0, err
-    return out
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
     run_dir = tmp_path_factory.mktemp("alone")
     assert main(["train", *arguments(run_dir)]) == 0
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of two processes on this machine that nobody disturbs."""
-    run_dir = tmp_path_factory.mktemp("undisturbed")
-    out = succeeds(cli("submit", *arguments(run_dir, *TWO, "cluster=local")))
-    assert out.startswith("mqar-tiny: job ") and " on this machine: 2 processes\n" in out
     return run_dir
 
 
@@ -76,12 +44,7 @@ def requeued(one_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory
     """A job on two nodes, stopped by SIGUSR2, as before the time limit, and by SIGTERM, as by an operator's requeue or
     a preemption."""
     cluster, run_dir = one_cluster, tmp_path_factory.mktemp("requeued")
-    submit = cli(
-        *("submit", *arguments(run_dir, *TWO, "slurm.nodes=2")), SLURM_CONF=str(cluster.conf), WANDB_API_KEY=SECRET
-    )
-    found = re.match(r"mqar-tiny: job (\d+) on 2 nodes: 2 processes\n", succeeds(submit))
-    assert found
-    job = found[1]
+    job = submitted(cluster, run_dir, WANDB_API_KEY=SECRET)
     until(lambda: step(run_dir) >= 2)
     cluster.run("scancel", "--signal=USR2", job)
     until(lambda: f"job {job} is queued again\n" in output(run_dir, job))
@@ -178,6 +141,13 @@ def test_dry_run(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.CaptureFi
     assert "using 2 processors on nodes node[1-2] in partition normal" in out.splitlines()[-1]
     assert not (tmp_path / "run").exists()
     assert cluster.run("squeue", "-h").stdout == ""
+
+
+def test_dry_run_with_gpus(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", *arguments(tmp_path / "run", *TWO, "slurm.gpus_per_node=2"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "\n#SBATCH --gpus-per-node=2\n" in out and "\n#SBATCH --ntasks-per-node=2\n" in out
+    assert "using 2 processors on nodes node1 in partition normal" in out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
