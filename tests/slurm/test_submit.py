@@ -39,11 +39,9 @@ class Requeued:
     second: int
 
 
-@pytest.fixture(scope="module")
-def requeued(one_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Requeued:
+def requeued(cluster: SlurmCluster, run_dir: Path) -> Requeued:
     """A job on two nodes, stopped by SIGUSR2, as before the time limit, and by SIGTERM, as by an operator's requeue or
     a preemption."""
-    cluster, run_dir = one_cluster, tmp_path_factory.mktemp("requeued")
     job = submitted(cluster, run_dir, WANDB_API_KEY=SECRET)
     until(lambda: step(run_dir) >= 2)
     cluster.run("scancel", "--signal=USR2", job)
@@ -57,28 +55,35 @@ def requeued(one_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory
     return Requeued(run_dir, job, first, second)
 
 
-def test_signalled_and_requeued(cluster: SlurmCluster, requeued: Requeued, undisturbed: Path) -> None:
+def test_two_nodes(cluster: SlurmCluster, tmp_path: Path, undisturbed: Path, alone: Path) -> None:
+    """One test, so that one worker has the job."""
+    job = requeued(cluster, tmp_path)
+    assert cluster.job(job.job)["Restarts"] == "2"
+    assert_resumed(job, undisturbed)
+    assert_trained_as_one_process(tmp_path, alone)
+    assert_record(tmp_path, job.job)
+
+
+def assert_resumed(job: Requeued, undisturbed: Path) -> None:
     """The job goes on from where it was, every time, to the same weights."""
-    first, second, said = requeued.first, requeued.second, output(requeued.run_dir, requeued.job)
+    first, second, said = job.first, job.second, output(job.run_dir, job.job)
     assert 2 <= first < second < 24
-    assert cluster.job(requeued.job)["Restarts"] == "2"
     for reason, stopped in (("SIGUSR2", first), ("SIGTERM", second)):
         assert f"{reason}: saved at step {stopped} of 24" in said
         assert f"mqar-tiny: resumes after step {stopped} " in said
-    assert records(requeued.run_dir, "train") == records(undisturbed, "train")
-    assert_same_tensors(tensors(requeued.run_dir, 24), tensors(undisturbed, 24))
+    assert records(job.run_dir, "train") == records(undisturbed, "train")
+    assert_same_tensors(tensors(job.run_dir, 24), tensors(undisturbed, 24))
 
 
-def test_two_nodes_train_as_one_process(requeued: Requeued, alone: Path) -> None:
-    one, two = (records(run_dir, "train") for run_dir in (alone, requeued.run_dir))
+def assert_trained_as_one_process(run_dir: Path, alone: Path) -> None:
+    one, two = (records(folder, "train") for folder in (alone, run_dir))
     assert [record["step"] for record in two] == list(range(1, 25))
     # Float32 sums in another order, which 24 steps carry on.
     assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=1e-4)
 
 
-def test_the_record_of_a_job(requeued: Requeued) -> None:
+def assert_record(run_dir: Path, job: str) -> None:
     """It ran on two nodes, from the copy of the code; what was in the environment is nowhere."""
-    run_dir, job = requeued.run_dir, requeued.job
     for rank in (0, 1):
         assert f"hostname=node{rank + 1}, " in output(run_dir, job, rank)
         assert f": rendezvous at node1:{20000 + int(job) % 10000}\n" in output(run_dir, job, rank)
