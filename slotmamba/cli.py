@@ -17,6 +17,8 @@ from slotmamba.outcome import DONE, FAILURE, outcome
 from slotmamba_data.cli import add_data_commands
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from slotmamba.config import Recipe
     from slotmamba_data.inspect_cli import PlannedRun
 
@@ -68,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     validate.add_argument("--print", action="store_true", help="print the resolved recipe with all its keys")
     _add_recipe_command(commands, "estimate", _estimate, "parameters, FLOPs per token and memory of a recipe, by part")
+    _add_submit(commands)
     _add_generate(commands)
     _add_evaluate(commands)
     add_data_commands(commands, _planned)
@@ -84,6 +87,19 @@ def _add_recipe_command(commands: Commands, name: str, handler: Handler, summary
     assert isinstance(parser, Parser)
     parser.more_help = _recipe_key_help
     return parser
+
+
+def _add_submit(commands: Commands) -> None:
+    parser = _add_recipe_command(commands, "submit", _submit, "train a recipe as a Slurm job that survives preemption")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the recipe, the batch script, the memory it needs, and what the cluster says to it",
+    )
+    parser.epilog = (
+        "cluster=local, beside the keys of the recipe, runs the same on this machine, and cluster=debug in this "
+        "process; cluster=slurm is the default."
+    )
 
 
 def _recipe_key_help() -> str:
@@ -188,6 +204,30 @@ def _estimate(args: argparse.Namespace) -> int:
 
     print(report(recipe))
     return DONE
+
+
+def _submit(args: argparse.Namespace) -> int:
+    # Not a key of the recipe: a run is the same one wherever it goes on.
+    clusters = [text.removeprefix("cluster=") for text in args.overrides if text.startswith("cluster=")]
+    args.overrides = [text for text in args.overrides if not text.startswith("cluster=")]
+    cluster = clusters[-1] if clusters else "slurm"
+    recipe = _load_recipe(args)
+    from slotmamba_slurm.submit import CLUSTERS, preview, submit
+
+    if cluster not in CLUSTERS:
+        raise UsageError(f"cluster={cluster}: expected {', '.join(CLUSTERS)}{suggestion(cluster, CLUSTERS)}")
+    if args.dry_run:
+        from slotmamba.estimate import report
+
+        print(preview(recipe, cluster, report(recipe)), end="")
+        return DONE
+    from slotmamba.environment import git_state
+
+    return submit(recipe, cluster, _train_file, git_state())
+
+
+def _train_file(recipe: Path) -> int:
+    return main(["train", str(recipe)])
 
 
 def _generate(args: argparse.Namespace) -> int:

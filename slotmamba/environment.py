@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slotmamba.dependencies import dependencies
-from slotmamba.installed import checkout_root
+from slotmamba.installed import PACKAGE, checkout_root
 
 
 def describe_environment() -> dict[str, Any]:
@@ -49,10 +50,12 @@ def describe_gpus() -> list[dict[str, Any]]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the checkout that slotmamba runs from and whether tracked files differ from it, or None."""
+    """Commit of the checkout that slotmamba runs from, or was copied from for a job, and whether tracked files differ
+    from it; None for an installed package."""
     root = checkout_root()
     if root is None:
-        return None
+        copied = PACKAGE / "git.json"  # written by `slotmamba submit`
+        return json.loads(copied.read_text()) if copied.exists() else None
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
         described = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

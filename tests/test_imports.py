@@ -20,11 +20,13 @@ PACKAGES = {
     "slotmamba": ROOT / "slotmamba",
     "slotmamba_kernels": ROOT / "kernels" / "slotmamba_kernels",
     "slotmamba_data": ROOT / "data_pipeline" / "slotmamba_data",
+    "slotmamba_slurm": ROOT / "slurm" / "slotmamba_slurm",
 }
 FORBIDDEN: dict[str, set[str]] = {
     "slotmamba": set(),
-    "slotmamba_kernels": {"slotmamba", "slotmamba_data"},
-    "slotmamba_data": {"slotmamba", "slotmamba_kernels"},
+    "slotmamba_kernels": {"slotmamba", "slotmamba_data", "slotmamba_slurm"},
+    "slotmamba_data": {"slotmamba", "slotmamba_kernels", "slotmamba_slurm"},
+    "slotmamba_slurm": {"slotmamba_kernels", "slotmamba_data"},
 }
 
 
@@ -48,6 +50,18 @@ def test_imports_go_one_way(package: str) -> None:
     for path in sources(package):
         wrong = FORBIDDEN[package] & set(imported(ast.parse(path.read_text())))
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_slurm_needs_only_recipes_of_slotmamba() -> None:
+    """`slotmamba.config`, and the errors that it raises."""
+    for path in sources("slotmamba_slurm"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            ours = [name for name in names if name.partition(".")[0] == "slotmamba"]
+            allowed = ("slotmamba.config", "slotmamba.errors")
+            wrong = [name for name in ours if not any(name == each or name.startswith(f"{each}.") for each in allowed)]
+            assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
 def whole_environment_uses(tree: ast.Module) -> Iterator[int]:
@@ -149,11 +163,11 @@ def test_the_wheel_holds_packages_recipes_and_tested_versions(tmp_path: Path) ->
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     printed = run_python(
-        "import slotmamba, slotmamba_kernels, slotmamba_data\n"
+        "import slotmamba, slotmamba_kernels, slotmamba_data, slotmamba_slurm\n"
         "from slotmamba.config import installed_recipes, load_recipe\n"
         "from slotmamba.dependencies import install_command, tested_versions\n"
         "from slotmamba.environment import git_state\n"
-        "print(slotmamba.__file__, slotmamba_kernels.__file__, slotmamba_data.__file__)\n"
+        "print(*(m.__file__ for m in (slotmamba, slotmamba_kernels, slotmamba_data, slotmamba_slurm)))\n"
         "print(*(load_recipe(name).name for name in installed_recipes()))\n"
         "print(tested_versions()['torch'], git_state(), install_command('eval'))\n",
         PYTHONPATH=str(site),

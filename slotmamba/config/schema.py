@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, model_validator
 from slotmamba.config.data import DataConfig, SourceConfig
 from slotmamba.config.duration import Duration
 from slotmamba.config.section import Name, Section
+from slotmamba.config.slurm import SlurmConfig
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -292,6 +293,7 @@ class Recipe(Section):
     train: TrainConfig = Field(description="How long, how much at a time, how often it reports and saves.")
     parallel: ParallelConfig = Field(ParallelConfig(), description="How many processes train together, and how.")
     logging: LoggingConfig = Field(LoggingConfig(), description="Where metrics go besides metrics.jsonl.")
+    slurm: SlurmConfig = Field(SlurmConfig(), description="What `slotmamba submit` asks of a Slurm cluster.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

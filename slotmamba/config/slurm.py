@@ -1,0 +1,30 @@
+"""What a recipe asks of a Slurm cluster."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from slotmamba.config.duration import Duration
+from slotmamba.config.section import Section
+
+
+class SlurmConfig(Section):
+    partition: str | None = Field(None, min_length=1, description="Partition; null: the cluster's default.")
+    nodes: int = Field(1, ge=1, description="Nodes, over which the processes of `parallel` are spread evenly.")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs of each node, one for each process; 0: a job on CPUs.")
+    cpus_per_task: int = Field(1, ge=1, description="CPU cores of each process, data workers included.")
+    memory_gb: int | None = Field(None, ge=1, description="Memory of each node, in GB; null: the cluster's default.")
+    time: Duration | None = Field(
+        None, description="Wall time of one start of the job, rounded up to minutes; null: the partition's default."
+    )
+    qos: str | None = Field(None, min_length=1, description="Quality of service.")
+    account: str | None = Field(None, min_length=1, description="Account to charge.")
+    signal_lead: Duration = Field(
+        "2m", description="How long before the end of `time` the job is told to save: at least a step and a save."
+    )
+    requeue: bool = Field(
+        True, description="Queue a job again that was preempted, ran into `time` or lost a node; it resumes."
+    )
+    setup: list[str] = Field(
+        [], description="Lines of shell before the processes start, such as `module load cuda`; not for cluster=local."
+    )

@@ -1,0 +1,45 @@
+"""submitit's executors with a program of our own for the tasks.
+
+submitit's counts a signal in the last fifth of the wall time as a time-out and gives up after three, does nothing at
+SIGTERM, which is all that many clusters send at preemption, and starts whatever the pickle says again.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from submitit.local.local import LocalExecutor
+from submitit.slurm.slurm import SlurmExecutor
+
+
+class SlurmTasks(SlurmExecutor):
+    """Runs `slotmamba_slurm.task` in the tasks of a Slurm job."""
+
+    code: Path
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return _command(self.code, self.folder)
+
+    def script(self) -> str:
+        """The batch script of a submission."""
+        return self._make_submission_file_text(self._submitit_command_str, "")
+
+
+class LocalTasks(LocalExecutor):
+    """Runs `slotmamba_slurm.task` in processes on this machine."""
+
+    code: Path
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return _command(self.code, self.folder)
+
+
+def _command(code: Path, folder: Path) -> str:
+    # Before Python starts, so that the task is the submitted code too. env: without a shell there are no assignments.
+    path = os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return shlex.join(["env", f"PYTHONPATH={path}", sys.executable, "-u", "-m", "slotmamba_slurm.task", str(folder)])

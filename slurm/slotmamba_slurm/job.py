@@ -1,0 +1,27 @@
+"""What submitit pickles: which recipe to train.
+
+Nothing in it says where to resume: that is the newest checkpoint of the run folder, every time the job starts.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """recipe: the file of the submission; cpus: cores of each task; requeue: whether a job that was stopped is to be
+    queued again."""
+
+    recipe: Path
+    cpus: int
+    requeue: bool
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-u", "-m", "slotmamba.cli", "train", str(self.recipe)]
+
+    def __call__(self) -> None:
+        """submitit pickles only what can be called."""
+        raise AssertionError("the tasks of a job run slotmamba_slurm.task")

@@ -1,0 +1,85 @@
+"""What a job asks for: nodes, processes, time, from the recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slotmamba.config import Recipe
+from slotmamba.config.duration import seconds
+from slotmamba.errors import InputError
+
+
+def processes_per_node(recipe: Recipe) -> int:
+    """Processes of `parallel` on each node.
+
+    Raises:
+        InputError: they do not spread evenly over the nodes, or are not as many as the GPUs.
+    """
+    size, nodes, gpus = recipe.parallel.size, recipe.slurm.nodes, recipe.slurm.gpus_per_node
+    have = f"parallel.replicate * parallel.shard = {size}"
+    if gpus and size != nodes * gpus:
+        raise InputError(
+            f"slurm.nodes * slurm.gpus_per_node = {nodes} * {gpus} = {nodes * gpus} GPUs, but {have} processes: "
+            f"set {_asking_for(nodes * gpus)}, or other nodes"
+        )
+    if size % nodes:
+        raise InputError(
+            f"slurm.nodes={nodes}: {have} processes do not spread evenly over them: set {_asking_for(nodes)}, "
+            "a multiple of that, or other nodes"
+        )
+    return size // nodes
+
+
+def slurm_parameters(recipe: Recipe) -> dict[str, Any]:
+    """The parameters of submitit's SlurmExecutor.
+
+    Raises:
+        InputError: as `processes_per_node`, or the job would be told to save before it starts.
+    """
+    slurm = recipe.slurm
+    minutes = None if slurm.time is None else -(-seconds(slurm.time) // 60)
+    if minutes is not None and seconds(slurm.signal_lead) >= minutes * 60:
+        raise InputError(f"slurm.signal_lead={slurm.signal_lead} is not less than slurm.time={slurm.time}")
+    parameters = {
+        "job_name": recipe.name,
+        "partition": slurm.partition,
+        "qos": slurm.qos,
+        "account": slurm.account,
+        "time": minutes,
+        "nodes": slurm.nodes,
+        "ntasks_per_node": processes_per_node(recipe),
+        "gpus_per_node": slurm.gpus_per_node or None,
+        "cpus_per_task": slurm.cpus_per_task,
+        "mem": None if slurm.memory_gb is None else f"{slurm.memory_gb}G",
+        "signal_delay_s": seconds(slurm.signal_lead),
+        "wckey": None,  # submitit would set one of its own, which a cluster may not know
+        "stderr_to_stdout": True,
+        "additional_parameters": {"requeue" if slurm.requeue else "no-requeue": True},
+        "srun_args": [f"--cpus-per-task={slurm.cpus_per_task}"],  # which srun does not take over from the job
+    }
+    return {name: value for name, value in parameters.items() if value is not None or name == "wckey"}
+
+
+def local_parameters(recipe: Recipe) -> dict[str, Any]:
+    """The same for its LocalExecutor, which has this machine only.
+
+    Raises:
+        InputError: the recipe asks for several nodes.
+    """
+    slurm = recipe.slurm
+    if slurm.nodes > 1:
+        raise InputError(f"slurm.nodes={slurm.nodes}: cluster=local is this machine alone: set slurm.nodes=1")
+    limit = {} if slurm.time is None else {"timeout_min": seconds(slurm.time) / 60}
+    return {
+        "nodes": 1,
+        "tasks_per_node": processes_per_node(recipe),
+        "gpus_per_node": slurm.gpus_per_node,
+        "timeout_min": 60 * 24 * 365,
+        "signal_delay_s": seconds(slurm.signal_lead),
+        "stderr_to_stdout": True,
+        **limit,
+    }
+
+
+def _asking_for(processes: int) -> str:
+    return f"parallel.engine=fsdp2 parallel.shard={processes}"

@@ -1,0 +1,169 @@
+"""From a recipe to a job: ``slotmamba submit``."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from submitit import DebugExecutor, Job
+from submitit.core.utils import FailedJobError
+
+from slotmamba.config import Recipe, recipe_yaml
+from slotmamba.errors import InputError, one_line
+from slotmamba_slurm.executors import LocalTasks, SlurmTasks
+from slotmamba_slurm.job import TrainJob
+from slotmamba_slurm.resources import local_parameters, processes_per_node, slurm_parameters
+from slotmamba_slurm.submission import Submission, job_folder, write_submission
+
+CLUSTERS = ("slurm", "local", "debug")
+Train = Callable[[Path], int]
+"""Trains the recipe of a file in this process; returns the exit code."""
+
+
+def submit(recipe: Recipe, cluster: str, train: Train, git: dict[str, Any] | None) -> int:
+    """Submits `recipe`; returns the exit code: at once for Slurm, when training has ended for the others.
+
+    Args:
+        recipe: what to train.
+        cluster: one of `CLUSTERS`: a Slurm job; processes on this machine; in this process.
+        train: for `debug`.
+        git: which commit the code is, for the record.
+
+    Raises:
+        InputError: the recipe does not fit its nodes, or the cluster refuses the job; nothing was submitted.
+    """
+    match cluster:
+        case "slurm":
+            return _submit_to_slurm(recipe, git)
+        case "local":
+            return _run_local(recipe, git)
+        case "debug":
+            return _run_debug(recipe, train, git)
+    raise AssertionError(cluster)
+
+
+def preview(recipe: Recipe, cluster: str, estimate: str) -> str:
+    """What `submit` would do: the recipe, the batch script, `estimate`, and what the cluster says to it.
+
+    Raises:
+        InputError: as `submit`.
+    """
+    parts = [recipe_yaml(recipe)]
+    if cluster == "slurm":
+        executor = _slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN"))
+        parts += [executor.script(), estimate, checked(executor.script())]
+    else:
+        count = 1 if cluster == "debug" else local_parameters(recipe)["tasks_per_node"]
+        if cluster == "debug":
+            _check_debug(recipe)
+        parts += [estimate, f"cluster={cluster}: {_count(count, 'process', 'es')} on this machine"]
+    return "\n".join(part.strip("\n") + "\n" for part in parts)
+
+
+def checked(script: str) -> str:
+    """What `sbatch --test-only` says to a batch script that it accepts.
+
+    Raises:
+        InputError: there is no sbatch, or it refuses the script.
+    """
+    if shutil.which("sbatch") is None:
+        raise InputError("there is no sbatch on PATH: submit from a node of the cluster, or set cluster=local")
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, timeout=120)
+    said = one_line(done.stderr.replace("sbatch: ", "").replace("error: ", ""))
+    if done.returncode:
+        raise InputError(f"the cluster refuses the job: {said.removeprefix('allocation failure: ')}")
+    return said
+
+
+def _slurm_executor(recipe: Recipe, submission: Submission) -> SlurmTasks:
+    if shutil.which("srun") is None:
+        raise InputError("there is no srun on PATH: submit from a node of the cluster, or set cluster=local")
+    executor = SlurmTasks(job_folder(recipe))
+    executor.code = submission.code
+    executor.update_parameters(**slurm_parameters(recipe), setup=list(recipe.slurm.setup))
+    return executor
+
+
+def _submit_to_slurm(recipe: Recipe, git: dict[str, Any] | None) -> int:
+    checked(_slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN")).script())
+    submission = write_submission(recipe, git)
+    try:
+        job = _slurm_executor(recipe, submission).submit(_job(recipe, submission))
+    except FailedJobError as error:
+        raise InputError(f"sbatch has failed: {one_line(error)}") from None
+    nodes, size = recipe.slurm.nodes, recipe.parallel.size
+    print(f"{recipe.name}: job {job.job_id} on {_count(nodes, 'node')}: {_count(size, 'process', 'es')}")
+    print(f"  run folder  {recipe.run_path}")
+    print(f"  output      {job.paths.stdout}")
+    return 0
+
+
+def _run_local(recipe: Recipe, git: dict[str, Any] | None) -> int:
+    parameters = local_parameters(recipe)
+    submission = write_submission(recipe, git)
+    executor = LocalTasks(job_folder(recipe))
+    executor.code = submission.code
+    executor.update_parameters(**parameters)
+    with _sigint_ignored():
+        job = executor.submit(_job(recipe, submission))
+    processes = _count(recipe.parallel.size, "process", "es")
+    print(f"{recipe.name}: job {job.job_id} on this machine: {processes}", flush=True)
+    print(f"  run folder  {recipe.run_path}")
+    print(f"  output      {job.paths.stdout}", flush=True)
+    _wait(job)
+    if job.exception() is None:
+        return 0
+    said = job.paths.stdout.read_text(errors="replace").splitlines()
+    for line in [line for line in said if line.startswith("error: ")] or said[-1:]:
+        print(line, file=sys.stderr)
+    return 1
+
+
+def _run_debug(recipe: Recipe, train: Train, git: dict[str, Any] | None) -> int:
+    _check_debug(recipe)
+    submission = write_submission(recipe, git)
+    return int(DebugExecutor(job_folder(recipe)).submit(train, submission.recipe).result())
+
+
+def _check_debug(recipe: Recipe) -> None:
+    processes_per_node(recipe)
+    if recipe.parallel.size > 1:
+        raise InputError(f"cluster=debug is one process, the recipe asks for {recipe.parallel.size}: set cluster=local")
+
+
+def _job(recipe: Recipe, submission: Submission) -> TrainJob:
+    return TrainJob(submission.recipe, recipe.slurm.cpus_per_task, recipe.slurm.requeue)
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{plural if number > 1 else ''}"
+
+
+@contextmanager
+def _sigint_ignored() -> Iterator[None]:
+    """For what is started inside: Ctrl-C is for the training processes, which take it themselves and save; submitit's
+    controller would kill them a second later."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _wait(job: Job[None]) -> None:
+    """Until the job has ended, which it does by itself after Ctrl-C."""
+    while True:
+        try:
+            return job.wait()
+        except KeyboardInterrupt:
+            print("interrupted: waiting for the checkpoint", flush=True)

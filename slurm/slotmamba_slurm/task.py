@@ -1,0 +1,97 @@
+"""A task of a job, ``python -m slotmamba_slurm.task FOLDER``: trains, and has the job queued again when it was stopped.
+
+Training is a child process. A checkpoint is therefore always taken by the training loop between two steps, never by a
+signal's handler, and a crash of the child leaves someone to say so.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+from submitit.core.utils import DelayedSubmission, cloudpickle_dump, temporary_save_path
+
+from slotmamba_slurm.job import TrainJob
+from slotmamba_slurm.places import LocalPlace, Place, SlurmPlace
+
+PICKLE_SECONDS = 60.0  # in which submitit moves the pickle to where the job's number says, once it knows the number
+STOPS = (signal.SIGUSR2, signal.SIGTERM)
+
+
+class Child:
+    """A process that is sent on the signals that ask a job to stop. Whatever was asked before it starts counts too."""
+
+    def __init__(self) -> None:
+        self.stopped_by: str | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        for number in STOPS:
+            signal.signal(number, self._stop)
+
+    def run(self, command: list[str], env: Mapping[str, str]) -> int:
+        """The exit code of `command`; 0 where a stop came before it."""
+        if self.stopped_by is not None:
+            return 0
+        self._process = subprocess.Popen(command, env=env)
+        if self.stopped_by is not None:  # while it started
+            self._process.send_signal(STOPS[0])
+        return self._process.wait()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        # Slurm sends more than one, and to the child too, which takes the first and ignores the others.
+        self.stopped_by = self.stopped_by or signal.Signals(number).name
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+
+def main(folder: str) -> int:
+    child = Child()  # first of all: a signal that comes before it ends the task
+    os.environ["SUBMITIT_FOLDER"] = folder  # where submitit's paths are
+    place = _place()
+    try:
+        job = _load(place.paths.submitted_pickle)
+        print(f"{place}: rendezvous at {place.rendezvous}", flush=True)
+        code = child.run(job.command(), env=os.environ | place.variables(job.cpus))
+        if child.stopped_by is not None:
+            # Also when it failed: ranks that were stopped while they started fail those that were not. What fails for
+            # a reason of its own fails the next time without having been stopped.
+            print(f"stopped by {child.stopped_by}, training ended with exit code {code}", flush=True)
+            return place.end_stopped(job.requeue)
+        if code:
+            raise RuntimeError(f"slotmamba train ended with exit code {code}")
+        _write_result(place.paths.result_pickle, ("success", code))
+    except Exception:
+        _write_result(place.paths.result_pickle, ("error", traceback.format_exc()))
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _place() -> Place:
+    return SlurmPlace() if os.environ["SUBMITIT_EXECUTOR"] == "slurm" else LocalPlace()
+
+
+def _load(pickle: Path) -> TrainJob:
+    deadline = time.monotonic() + PICKLE_SECONDS
+    while not pickle.exists():
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(f"{pickle} does not appear: is the run folder on a file system that all nodes see?")
+        time.sleep(0.2)
+    job = DelayedSubmission.load(pickle).function
+    assert isinstance(job, TrainJob)
+    return job
+
+
+def _write_result(path: Path, result: tuple[str, object]) -> None:
+    with temporary_save_path(path) as temporary:
+        cloudpickle_dump(result, temporary)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,85 @@
+"""Jobs of mqar-tiny, made small: two processes, 24 steps of two rows."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from slotmamba.metrics import read_metrics
+from slotmamba_slurm.cluster import SlurmCluster
+
+SMALL = ["train.device=cpu", "train.steps=24", "train.global_batch_tokens=256", "train.micro_batch=1", "optim.warmup=2"]
+SMALL += ["train.log_every=1", "train.eval_every=100", "train.eval_rows=2", "train.checkpoint.every=100"]
+TWO = ["parallel.engine=fsdp2", "parallel.shard=2"]
+
+
+def arguments(run_dir: Path, *more: str) -> list[str]:
+    return ["mqar-tiny", f"run_dir={run_dir}", *SMALL, *more]
+
+
+def cli(*arguments: str, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "slotmamba.cli", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def succeeds(process: subprocess.Popen[str]) -> str:
+    """What the command printed."""
+    try:
+        out, err = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    return out
+
+
+def submitted(cluster: SlurmCluster, run_dir: Path, *more: str, **variables: str) -> str:
+    """Submits two processes on two nodes; the number of the job."""
+    command = cli(
+        "submit", *arguments(run_dir, *TWO, "slurm.nodes=2", *more), SLURM_CONF=str(cluster.conf), **variables
+    )
+    found = re.match(r"mqar-tiny: job (\d+) on 2 nodes: 2 processes\n", succeeds(command))
+    assert found
+    return found[1]
+
+
+def output(run_dir: Path, job: str, rank: int = 0) -> str:
+    return (run_dir / "slurm" / f"{job}_{rank}_log.out").read_text()
+
+
+def step(run_dir: Path) -> int:
+    """The last step in metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    steps = [record["step"] for record in read_metrics(path)] if path.exists() else []
+    return max(steps, default=0)
+
+
+def until(happened: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "not within the time"
+        time.sleep(0.02)
+
+
+def completed(cluster: SlurmCluster, run_dir: Path, job: str) -> None:
+    found = cluster.wait_for_job(job, seconds=90)
+    assert found["JobState"] == "COMPLETED", output(run_dir, job)
+
+
+def holds(folder: Path, text: str) -> list[Path]:
+    """Files below `folder` with `text` in them."""
+    return [
+        Path(parent) / name
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if text.encode() in (Path(parent) / name).read_bytes()
+    ]
