@@ -49,7 +49,8 @@ class CheckpointFolder:
                 self.commit(path, step)
             else:
                 shutil.rmtree(path)
-        self._drop_universal()
+        for path in self.path.glob(".universal-*"):  # left by a process that was killed while it read one
+            shutil.rmtree(path)
 
     def make_temporary(self, step: int) -> Path:
         """An empty folder for the checkpoint of ``step``."""
@@ -81,7 +82,6 @@ class CheckpointFolder:
         for manifest in manifests[: -self.keep]:
             if manifest.step != max(healthy, default=None):
                 _delete(self._set_aside(self.checkpoint(manifest.step)))
-        self._drop_universal()
 
     def save_error(self, step: int, error: OSError) -> OSError:
         """The error as one line with the path and the last good checkpoint."""
@@ -89,13 +89,6 @@ class CheckpointFolder:
         good = f"the last good one is {self.checkpoint(steps[-1])}" if steps else "there is no earlier one"
         reason = error.strerror or error
         return OSError(error.errno, f"cannot write checkpoint {self.checkpoint(step)}: {reason}; {good}")
-
-    def _drop_universal(self) -> None:
-        """Delete the converted copies of checkpoints that are not there any more, and half of them."""
-        kept = {universal_folder(self.checkpoint(step)) for step in self.committed()}
-        for path in self.path.glob(".universal-*"):
-            if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
 
     def _set_aside(self, checkpoint: Path) -> Path:
         """From here on the folder is not a checkpoint."""
@@ -106,7 +99,7 @@ class CheckpointFolder:
 
 
 def universal_folder(checkpoint: Path) -> Path:
-    """Where a checkpoint of DeepSpeed's is kept in its universal format, once that was needed."""
+    """Where a checkpoint of DeepSpeed's is in its universal format while another number of processes reads it."""
     return checkpoint.with_name(f".universal-{checkpoint.name}")
 
 

@@ -270,15 +270,14 @@ def _check_engine(manifest: Manifest, contents: Contents, folder: Path) -> None:
     by_zero = manifest.engine == "deepspeed"
     if by_zero and contents.engine == "deepspeed" and manifest.zero_stage != contents.zero_stage:
         raise InputError(
-            f"{folder} was saved by ZeRO stage {manifest.zero_stage}: set parallel.zero_stage={manifest.zero_stage}, "
-            "or convert it with `slotmamba convert`"
+            f"{folder} was saved by ZeRO stage {manifest.zero_stage}: set parallel.zero_stage={manifest.zero_stage}"
         )
     # Before the first update there are weights only, which any engine reads.
     readable = manifest.updates == 0 and not by_zero
     if by_zero != (contents.engine == "deepspeed") and not readable:
         raise InputError(
             f"{folder} was saved by parallel.engine={manifest.engine}, whose files {contents.engine} cannot read: "
-            f"set parallel.engine={manifest.engine}, or convert it with `slotmamba convert`"
+            f"set parallel.engine={manifest.engine}"
         )
 
 

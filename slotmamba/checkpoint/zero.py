@@ -1,8 +1,9 @@
 """ZeRO's part of a checkpoint: the files that DeepSpeed saves, one for each process and more, in the folder ``zero``.
 
 The same number of processes reads them as they are. For another number they are converted to DeepSpeed's universal
-format first, into ``.universal-step-00000100`` beside the checkpoint, where they stay as long as that does. All of them
-are pickles: reading them runs what they say, so open only checkpoints that you trust.
+format first, in ``.universal-step-00000100`` beside the checkpoint, for as long as reading takes: no manifest would
+vouch for a copy that is kept. All of them are pickles: reading them runs what they say, so open only checkpoints that
+you trust.
 """
 
 from __future__ import annotations
@@ -74,9 +75,10 @@ class ZeroContents(Contents):
             with _repaired(self._engine):
                 group.together(lambda: self._engine.zero.load_checkpoint(folder, TAG))
         else:
-            universal = group.on_main(lambda: _converted(folder, manifest, group.size))
+            universal = group.on_main(lambda: _convert(folder, manifest, group.size))
             with _repaired(self._engine), _reading_universal(self._engine.zero):
                 group.together(lambda: self._engine.zero.load_checkpoint(universal, TAG))
+            group.on_main(lambda: shutil.rmtree(universal))
         if _updates(self._engine) != manifest.updates:
             raise DamagedCheckpointError(f"{folder}: DeepSpeed restored {_updates(self._engine)} updates, not all")
         compare_digests(folder, _digests(self._engine, manifest.tensors, group), manifest.tensors)
@@ -149,26 +151,25 @@ def _client_state() -> dict[str, Any]:
     return {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
 
 
-def _converted(checkpoint: Path, manifest: Manifest, size: int) -> Path:
-    """The checkpoint in the universal format, converted unless that was done before."""
-    target = universal_folder(checkpoint)
-    if not target.exists():
-        logger.warning(
-            "%s was saved by %d processes, here are %d: converting it into %s",
-            checkpoint,
-            manifest.world_size,
-            size,
-            target,
-        )
-        from deepspeed.checkpoint import ds_to_universal
+def _convert(checkpoint: Path, manifest: Manifest, size: int) -> Path:
+    """The checkpoint in the universal format, in a folder that is to be deleted when it is read."""
+    from deepspeed.checkpoint import ds_to_universal
 
-        partial = target.with_name(f"{target.name}.tmp")
-        shutil.rmtree(partial, ignore_errors=True)
+    target = universal_folder(checkpoint)
+    logger.warning(
+        "%s was saved by %d processes, this world has %d: converting it in %s",
+        checkpoint,
+        manifest.world_size,
+        size,
+        target,
+    )
+    shutil.rmtree(target, ignore_errors=True)
+    try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             ds_to_universal.main(
                 argparse.Namespace(
                     input_folder=str(checkpoint / TAG),
-                    output_folder=str(partial / TAG),
+                    output_folder=str(target / TAG),
                     num_extract_workers=1,
                     num_merge_workers=1,
                     keep_temp_folder=False,
@@ -176,7 +177,9 @@ def _converted(checkpoint: Path, manifest: Manifest, size: int) -> Path:
                     inject_missing_state=False,
                 )
             )
-        partial.rename(target)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk by a RuntimeError
+        shutil.rmtree(target, ignore_errors=True)
+        raise OSError(f"cannot convert {checkpoint} for another number of processes in {target}: {error}") from error
     return target
 
 

@@ -82,6 +82,7 @@ class DeepSpeedEngine(Engine):
     def __init__(self, recipe: Recipe, world: World) -> None:
         deepspeed = import_quietly(world)
         ensure_process_group(world)
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed asks for it without a launcher too
         deepspeed.init_distributed(verbose=False)  # takes the process group that is there
         torch.manual_seed(recipe.seed)
         self.recipe = recipe

@@ -36,7 +36,7 @@ def test_resumes_on_any_number_of_processes(tmp_path: Path, stage: int) -> None:
         else:
             assert losses == pytest.approx(expected, rel=1e-4)
         universal = tmp_path / "run" / "checkpoints" / ".universal-step-00000003"
-        assert universal.exists() == (size != 2)
+        assert not universal.exists()
 
 
 def refused(world: World, folder: Path, settings: list[str]) -> str:
@@ -54,10 +54,10 @@ def test_another_engine_or_stage_is_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run" / "checkpoints" / step_name(1)
     assert run_world(1, refused, tmp_path, fsdp2(1)) == [
         f"{checkpoint} was saved by parallel.engine=deepspeed, whose files fsdp2 cannot read: set "
-        "parallel.engine=deepspeed, or convert it with `slotmamba convert`"
+        "parallel.engine=deepspeed"
     ]
     assert run_world(1, refused, tmp_path, zero(3, 1)) == [
-        f"{checkpoint} was saved by ZeRO stage 1: set parallel.zero_stage=1, or convert it with `slotmamba convert`"
+        f"{checkpoint} was saved by ZeRO stage 1: set parallel.zero_stage=1"
     ]
 
 
