@@ -277,22 +277,30 @@ def _begin(work: Path, settings: Mapping[str, Any]) -> None:
 
 def _build_pieces(job: Job, work: Path, workers: int, display: Display) -> list[Built]:
     """What all pieces became, in their order; only those are built that are not yet."""
-    numbers = range(len(job.work))
-    missing = [number for number in numbers if not piece_record(work, number).is_file()]
+    _do_missing("shards", build_piece, piece_record, job, work, workers, display)
+    return [Built.from_json(piece_record(work, number).read_bytes()) for number in range(len(job.work))]
+
+
+def _do_missing(
+    phase: str,
+    task: Callable[[Any, int, Path], Iterator[Any]],
+    finished: Callable[[Path, int], Path],
+    job: Job,
+    work: Path,
+    workers: int,
+    display: Display,
+) -> None:
+    """Do `task` for the pieces whose file `finished` does not exist yet, and show how far it is."""
+    missing = [number for number in range(len(job.work)) if not finished(work, number).is_file()]
     total = sum(job.work)
-    display.phase("shards", job.unit, total, total - sum(job.work[number] for number in missing))
-    for _ in for_each(build_piece, job, work, missing, workers, display.update):
+    display.phase(phase, job.unit, total, total - sum(job.work[number] for number in missing))
+    for _ in for_each(task, job, work, missing, workers, display.update):
         pass
-    return [Built.from_json(piece_record(work, number).read_bytes()) for number in numbers]
 
 
 def _find_duplicates(job: TextJob, work: Path, workers: int, display: Display) -> None:
+    _do_missing("hashes", hash_piece, hashes_file, job, work, workers, display)
     numbers = range(len(job.work))
-    missing = [number for number in numbers if not hashes_file(work, number).is_file()]
-    total = sum(job.work)
-    display.phase("hashes", job.unit, total, total - sum(job.work[number] for number in missing))
-    for _ in for_each(hash_piece, job, work, missing, workers, display.update):
-        pass
     if not all(duplicates_file(work, number).is_file() for number in numbers):
         display.phase("duplicates", "", 1, 0)
         find_duplicates(work, len(numbers), lambda share: display.update(Report(share, 0, 0)))

@@ -80,6 +80,7 @@ class ShardFolder:
     Attributes:
         location: path or URL.
         manifest: its manifest.
+        first: int64 [shards + 1], the number over all shards of each shard's first document; last that of documents.
 
     Raises:
         InputError: no complete folder, or a shard or index is missing, or a shard truncated.
@@ -93,7 +94,7 @@ class ShardFolder:
         self._store = open_store(location, remote)
         self.manifest = Manifest.parse(self._store.manifest(), self.where(MANIFEST_NAME))
         self._store.check(self.manifest.shards)
-        self._first = np.cumsum([0] + [entry.documents for entry in self.manifest.shards])
+        self.first = np.cumsum([0] + [entry.documents for entry in self.manifest.shards])
         self._tokens_type = np.dtype(self.manifest.token_dtype).newbyteorder("<")
         self._kept_open = kept_open
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
@@ -174,7 +175,7 @@ class ShardFolder:
         if shard is None:
             if len(self._shards) >= self._kept_open:
                 self._shards.popitem(last=False)[1].close()
-            shard = _Shard(self._store, self.manifest.shards[number], int(self._first[number]))
+            shard = _Shard(self._store, self.manifest.shards[number], int(self.first[number]))
             self._shards[number] = shard
         else:
             self._shards.move_to_end(number)
@@ -197,19 +198,20 @@ class ShardFolder:
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """`read` of tokens, the document numbered over all shards."""
-        return self.read(*self._locate(document), start, stop)
+        return self.read(*self.locate(document), start, stop)
 
     def labels(self, document: int) -> np.ndarray:
         """`read` of labels, the document numbered over all shards."""
-        return self.read(*self._locate(document), array="labels")
+        return self.read(*self.locate(document), array="labels")
 
     def encoder_tokens(self, document: int) -> np.ndarray:
         """`read` of encoder tokens, the document numbered over all shards."""
-        return self.read(*self._locate(document), array="encoder")
+        return self.read(*self.locate(document), array="encoder")
 
-    def _locate(self, document: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._first, document, side="right")) - 1
-        return shard, document - int(self._first[shard])
+    def locate(self, document: int) -> tuple[int, int]:
+        """Its shard and its number in there, of a document numbered over all shards."""
+        shard = int(np.searchsorted(self.first, document, side="right")) - 1
+        return shard, document - int(self.first[shard])
 
 
 def verify(folder: str | Path) -> Manifest:

@@ -109,7 +109,6 @@ class ShardRows:
         self._recall = manifest.kind == "mqar"
         self._seq2seq = manifest.form == "seq2seq"
         self._reading = reading
-        self._first = np.cumsum([0] + [entry.documents for entry in manifest.shards])
         self._groups = self._grouped(len(manifest.shards), reading.shuffle_shards)
         self._total: int | None = None
         self._rows_of = functools.cache(self._count_rows)
@@ -153,7 +152,7 @@ class ShardRows:
         for document, start, stop in shuffled.layout.parts(int(shuffled.rows[row])):
             place = bisect_right(shuffled.bounds, document) - 1
             shard, own = shuffled.shards[place], document - shuffled.bounds[place]
-            part = DocumentPart(epoch, int(self._first[shard]) + own, start, stop)
+            part = DocumentPart(epoch, int(self.folder.first[shard]) + own, start, stop)
             try:
                 if self._recall:
                     tokens, labels = self.folder.read(shard, own), self.folder.read(shard, own, array="labels")
@@ -239,9 +238,8 @@ class ShardRows:
         return sum(self._shuffle(0, group).layout.cut() for group in range(len(self._groups)))
 
     def origin(self, part: DocumentPart) -> str:
-        shard = int(np.searchsorted(self._first, part.document, side="right")) - 1
+        shard, own = self.folder.locate(part.document)
         name = self.folder.manifest.shards[shard].name
-        own = part.document - int(self._first[shard])
         known = "".join(f", {key} {value}" for key, value in self.folder.meta(shard, own).items())
         return f"{self.folder.where(name)}, document {own} of the shard{known}"
 

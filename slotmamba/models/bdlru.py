@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slotmamba.models.initial import starts
-from slotmamba.models.layers import Float32Linear
+from slotmamba.models.layers import TF32Linear
 from slotmamba_kernels.bdlru import bdlru
 
 SHORTEST_MEMORY = 2.0
@@ -39,7 +39,7 @@ class BDLRU(nn.Module):
             raise ValueError(f"BDLRU: d_model={d_model} is not divisible by block_size={block_size}")
         self.d_model, self.block_size = d_model, block_size
         self.v_proj = nn.Linear(d_model, d_model, bias=False)
-        self.gate_proj = Float32Linear(d_model, d_model * (block_size + 1))
+        self.gate_proj = TF32Linear(d_model, d_model * (block_size + 1))
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
         starts(
             self.gate_proj.bias,

@@ -16,6 +16,7 @@ from slotmamba.models.layers import SwiGLU
 from slotmamba.models.recompute import chunked, run_layer
 from slotmamba.models.slot_memory import SlotLayerState, SlotMemory
 from slotmamba_kernels import SegmentEnds, SlotState
+from slotmamba_kernels.hksa.arguments import documents_of
 
 
 @dataclass
@@ -95,17 +96,9 @@ class DecoderLayer(nn.Module):
         for number, (chunk, piece) in enumerate(zip(chunks, pieces, strict=True)):
             ends = (None, None) if below is None else (below[number - 1][-1] if number else None, below[number])
             output = run_layer(
-                checkpointing,
-                self._chunk,
-                piece,
-                state,
-                chunk,
-                *ends,
-                doc_start,
-                valid,
-                memory,
+                checkpointing, self._chunk, piece, state, chunk, *ends, doc_start, valid, memory,
                 number + 1 == len(chunks),
-            )
+            )  # fmt: skip
             outputs.append(output)
             state = output.state
         xs = [output.x for output in outputs]
@@ -142,7 +135,7 @@ class DecoderLayer(nn.Module):
                 # A copy: the values are part of a larger tensor, which would be kept with them.
                 attended = [*attended, KVCache(own.keys, own.values.clone())]
             x = x + y
-        doc_start = None if doc_start is None else doc_start[:, span] - span.start
+        doc_start = documents_of(doc_start, span)
         valid = None if valid is None else valid[:, span]
         y, lru = self.lru(self.lru_norm(x), None if state is None else state.lru, doc_start, valid)
         x = x + y

@@ -56,25 +56,27 @@ class SwiGLU(nn.Module):
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer whose result is in the precision of its parameters, under autocast too.
-
-    Under autocast on a GPU its products are made in TF32: of the inputs 10 bits of mantissa count instead of bfloat16's
-    7, and nothing is rounded after them. Without autocast they are made as torch is set up.
-    """
+    """A linear layer that computes in the precision of its parameters, under autocast too."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] of any float dtype -> [..., out] in the weight's."""
-        device = x.device.type
-        under_autocast = torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False):
-            x = x.to(self.weight.dtype)
-            if device == "cuda" and under_autocast:
-                y: Tensor = _TF32Linear.apply(x, self.weight, self.bias)
-                return y
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+class TF32Linear(Float32Linear):
+    """One that under autocast on a GPU makes its products in TF32: of the inputs 10 bits of mantissa count instead of
+    bfloat16's 7, and nothing is rounded after them. Without autocast they are made as torch is set up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
             return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            y: Tensor = _TF32Product.apply(x.to(self.weight.dtype), self.weight, self.bias)
+        return y
 
 
-class _TF32Linear(torch.autograd.Function):
+class _TF32Product(torch.autograd.Function):
     """x [..., in] times weight [out, in], plus bias [out], float32; the products of the backward pass in TF32 too."""
 
     @staticmethod

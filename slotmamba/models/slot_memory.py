@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from slotmamba.config.schema import ModelConfig
 from slotmamba.models.initial import constant, starts, starts_like
 from slotmamba.models.injection import EncoderMemory, SlotInjection
-from slotmamba.models.layers import for_products
+from slotmamba.models.layers import Float32Linear, for_products
 from slotmamba.models.short_conv import ShortConv
 from slotmamba.models.threading import SurpriseGate
 from slotmamba_kernels import SegmentEnds, SlotState, hksa, hksa_step_, hksa_threaded, kronecker_topk
-from slotmamba_kernels.hksa.arguments import Inject
+from slotmamba_kernels.hksa.arguments import Inject, documents_of
 
 
 @dataclass
@@ -63,8 +63,10 @@ class SlotMemory(nn.Module):
         self.heads, self.dim = config.n_heads, config.head_dim
         width, steps = config.d_model, slots.householder_steps
         factors = self.heads * slots.factors * slots.factor_size
-        self.write_address = nn.Linear(width, factors, bias=False)
-        self.read_address = nn.Linear(width, factors, bias=False)
+        # In float32 under autocast too: addresses choose slots, and one token must choose the same ones however it is
+        # computed.
+        self.write_address = Float32Linear(width, factors, bias=False)
+        self.read_address = Float32Linear(width, factors, bias=False)
         # Reading starts with the hash that writing uses, so that a key finds what was written under it from step 1 on.
         starts_like(self.read_address.weight, self.write_address.weight)
         self.write_conv = ShortConv(factors, slots.address_conv) if slots.address_conv > 1 else None
@@ -115,7 +117,7 @@ class SlotMemory(nn.Module):
             window after x; what `balance` needs of x: [2, B, H, U, p], the distributions of the factors of write and
             read addresses, summed over the tokens.
         """
-        write_logits, window_after = _float32(self.write_address, x), None
+        write_logits, window_after = self.write_address(x), None
         if self.write_conv is not None:
             window_after = self.write_conv.window_after(write_logits, window)
             write_logits = self.write_conv(write_logits, doc_start, window)
@@ -124,8 +126,8 @@ class SlotMemory(nn.Module):
 
         def inject(span: slice, entering: SlotState | None) -> Inject:
             assert self.injection is not None and encoder is not None
-            here = None if doc_start is None else doc_start[:, span] - span.start
-            return self.injection(x[:, span], inputs.write_idx[:, span], entering, here, encoder)
+            here = x[:, span], inputs.write_idx[:, span]
+            return self.injection(*here, entering, documents_of(doc_start, span), encoder)
 
         gate = self.surprise_gate
         o, ends = hksa_threaded(
@@ -151,7 +153,7 @@ class SlotMemory(nn.Module):
         consume: the memory of `state` may be overwritten instead of copied, in a single kernel on GPUs; it is where
         there is no injection and no gradient.
         """
-        write_logits, window = _float32(self.write_address, x), state.window
+        write_logits, window = self.write_address(x), state.window
         if self.write_conv is not None:
             assert window is not None
             write_logits, window = self.write_conv.step(write_logits, window)
@@ -193,7 +195,7 @@ class SlotMemory(nn.Module):
 
     def _step_in_place(self, x: Tensor, write_logits: Tensor, memory: SlotState) -> Tensor:
         """One token, x [B, 1, C] and its logits [B, 1, H*U*p], written into the memory -> o [B, 1, H, d]."""
-        read_logits = _float32(self.read_address, x)
+        read_logits = self.read_address(x)
         q, k, u_k, u_v, beta = (vector.squeeze(1) for vector in self._vectors(x))
         o = hksa_step_(
             q,
@@ -222,7 +224,7 @@ class SlotMemory(nn.Module):
         """rounded: x as matrices take it, which addresses do not."""
         batch, length, _ = x.shape
         write_logits = self._address_logits(write_logits, 0)
-        read_logits = self._address_logits(_float32(self.read_address, x), 1)
+        read_logits = self._address_logits(self.read_address(x), 1)
         write_idx, write_w = kronecker_topk(write_logits, self.config.top_k)
         read_idx, read_w = kronecker_topk(read_logits, self.config.top_k)
         if valid is not None:
@@ -267,14 +269,6 @@ class SlotMemory(nn.Module):
 
     def _output(self, o: Tensor, x: Tensor) -> Tensor:
         return self.out_proj(self.norm(o.to(self.norm.weight.dtype)).flatten(2) * F.silu(self.gate_proj(x)))
-
-
-def _float32(linear: nn.Linear, x: Tensor) -> Tensor:
-    """The layer in the precision of its parameters, under autocast too: addresses choose slots, and one token must
-    choose the same ones however it is computed."""
-    with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = linear(x.to(linear.weight.dtype))
-    return y
 
 
 def _use(logits: Tensor, valid: Tensor | None) -> Tensor:

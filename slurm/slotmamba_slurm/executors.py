@@ -15,31 +15,28 @@ from submitit.local.local import LocalExecutor
 from submitit.slurm.slurm import SlurmExecutor
 
 
-class SlurmTasks(SlurmExecutor):
-    """Runs `slotmamba_slurm.task` in the tasks of a Slurm job."""
+class _OwnTasks:
+    """What both executors run in a job's tasks."""
 
     code: Path
+    folder: Path
 
     @property
     def _submitit_command_str(self) -> str:
-        return _command(self.code, self.folder)
+        # Before Python starts, so that the task is the submitted code too. env: without a shell there are no
+        # assignments.
+        path = os.pathsep.join([str(self.code), *filter(None, [os.environ.get("PYTHONPATH")])])
+        task = [sys.executable, "-u", "-m", "slotmamba_slurm.task", str(self.folder)]
+        return shlex.join(["env", f"PYTHONPATH={path}", *task])
+
+
+class SlurmTasks(_OwnTasks, SlurmExecutor):
+    """Runs `slotmamba_slurm.task` in the tasks of a Slurm job."""
 
     def script(self) -> str:
         """The batch script of a submission."""
         return self._make_submission_file_text(self._submitit_command_str, "")
 
 
-class LocalTasks(LocalExecutor):
+class LocalTasks(_OwnTasks, LocalExecutor):
     """Runs `slotmamba_slurm.task` in processes on this machine."""
-
-    code: Path
-
-    @property
-    def _submitit_command_str(self) -> str:
-        return _command(self.code, self.folder)
-
-
-def _command(code: Path, folder: Path) -> str:
-    # Before Python starts, so that the task is the submitted code too. env: without a shell there are no assignments.
-    path = os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return shlex.join(["env", f"PYTHONPATH={path}", sys.executable, "-u", "-m", "slotmamba_slurm.task", str(folder)])

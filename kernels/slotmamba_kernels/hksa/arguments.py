@@ -40,6 +40,11 @@ def wide_indices(doc_start: Tensor | None) -> Tensor | None:
     return doc_start if doc_start is None or doc_start.dtype.itemsize >= 4 else doc_start.int()
 
 
+def documents_of(doc_start: Tensor | None, span: slice) -> Tensor | None:
+    """doc_start of a stretch of tokens, counted from its first."""
+    return None if doc_start is None else doc_start[:, span] - span.start
+
+
 def _has_values(x: Tensor) -> bool:
     """Whether looking at the values costs nothing: on a GPU it waits, and while torch.compile traces there are none."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -6,7 +6,7 @@ leave for the backward pass, mostly what every slot held after every write, is k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -185,10 +185,7 @@ def hksa_backward(
         d_memory = None if memory is None or d_entering is None else Memory(d_entering, memory.slots)
     d_state = (None,) * 4 if d_memory is None else state_tensors(d_memory.state)
     given = (q, k, u_k, u_v, beta, write_w, read_w, gamma, a_s, eta, c_k, c_v, lam_k, lam_v, S_k, S_v, z, surprise)
-    return [
-        _absent(q) if like is None or grad is None else grad.to(like.dtype)
-        for grad, like in zip((*vars(grads).values(), *d_state), given, strict=True)
-    ]
+    return present((*vars(grads).values(), *d_state), given)
 
 
 DIFFERENTIABLE = (
@@ -246,12 +243,28 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None,
     d_o = grads[0] if grads[0] is not None else torch.zeros_like(given[0])
     d_left = grads[1:5] if ctx.left else (None,) * 4  # of tensors that are empty
     results = hksa_backward(d_o, *d_left, left_slots, saved, *given, slots, doc_start, ctx.num_slots, ctx.recompute)
-    by_name = dict(zip(DIFFERENTIABLE, results, strict=True))
-    present = {name for name, x in zip(DIFFERENTIABLE, given, strict=True) if x is not None}
-    return tuple(by_name[name] if name in present else None for name in ARGUMENTS)
+    return by_argument(results, given, DIFFERENTIABLE, ARGUMENTS)
 
 
 hksa_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def present(grads: Iterable[Tensor | None], given: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients as an op returns them: in the dtype and shape of what was given, empty for what was not."""
+    q = given[0]
+    assert q is not None
+    return [
+        _absent(q) if like is None or grad is None else grad.to(like.dtype).view(like.shape)
+        for grad, like in zip(grads, given, strict=True)
+    ]
+
+
+def by_argument(
+    grads: Sequence[Tensor], given: Sequence[Tensor | None], names: Sequence[str], arguments: Sequence[str]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of tensors of these names, as autograd wants them: for each argument, None for what was absent."""
+    found = {name: grad for name, grad, x in zip(names, grads, given, strict=True) if x is not None}
+    return tuple(found.get(name) for name in arguments)
 
 
 def state_tensors(state: SlotState) -> tuple[Tensor, Tensor, Tensor, Tensor]:

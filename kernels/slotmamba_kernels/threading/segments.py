@@ -11,7 +11,7 @@ from torch import Tensor
 from slotmamba_kernels.backends import choose_backend
 from slotmamba_kernels.dtypes import state_dtype
 from slotmamba_kernels.hksa import fits_triton, hksa
-from slotmamba_kernels.hksa.arguments import Inject, Surprise, check_arguments, wide_indices
+from slotmamba_kernels.hksa.arguments import Inject, Surprise, check_arguments, documents_of, wide_indices
 from slotmamba_kernels.hksa.state import MAX_OFFSET, MOST_BUCKETS, SlotState, SparseSlotState
 from slotmamba_kernels.threading.mix import thread_slots
 
@@ -198,7 +198,7 @@ def _one_by_one(
         o, memory = hksa(
             **inputs,
             state=memory,
-            doc_start=None if doc_start is None else doc_start[:, span] - start,
+            doc_start=documents_of(doc_start, span),
             inject=None if inject is None else inject(span, memory),
             return_state=return_state or span.stop < length,
             **options,

@@ -19,7 +19,7 @@ from slotmamba_kernels.hksa.launch import (
     read_tokens,
 )
 from slotmamba_kernels.hksa.state import SlotState
-from slotmamba_kernels.hksa.triton_op import PLAN_TENSORS, state_tensors
+from slotmamba_kernels.hksa.triton_op import PLAN_TENSORS, by_argument, present, state_tensors
 from slotmamba_kernels.threading.threaded_kernels import threaded_backward, threaded_forward
 
 Gate = tuple[Tensor, Tensor]
@@ -93,9 +93,10 @@ def threaded_op(
     begin with and the table."""
     x = _inputs(segment_len, q, k, u_k, u_v, beta, write_w, read_w, gamma, a_s, eta)
     sequences, length, heads, steps, writes, _, dim = x.sizes
+    documents = _documents(doc_start, segment_len)
     plan = make_event_plan(
         _segments(write_idx.int(), segment_len), _segments(read_idx.int(), segment_len), num_slots,
-        doc_start=_documents(doc_start, segment_len), bucket_per_slot=True,
+        doc_start=documents, bucket_per_slot=True,
     )  # fmt: skip
     at = Stretch(0, length, plan)
     begun, ends = (_memories(x, num_slots, len(q)) for _ in range(2))
@@ -103,7 +104,7 @@ def threaded_op(
     form_log_keeps(x, at, table)
     threaded_forward[(num_slots, len(q) * heads)](
         x.k, x.u_k, x.u_v, x.beta, x.write_w, table.log_keep, x.gamma, x.a_s, x.eta, *_gate(bias, slope),
-        plan.write_order, plan.previous, plan.leaving, plan.write_bucket, _continues(doc_start, segment_len),
+        plan.write_order, plan.previous, plan.leaving, plan.write_bucket, _continues(documents),
         *_contiguous(S_k, S_v, z, surprise), *_contiguous(below_k, below_v, below_z, below_surprise),
         *state_tensors(begun), *state_tensors(ends),
         table.contents, table.z, table.alongs, table.errors, table.surprise,
@@ -170,7 +171,8 @@ def threaded_backward_op(
     plan = at.plan
     threaded_backward[(num_slots, streams)](
         x.q, d_o, x.k, x.beta, x.write_w, table.log_keep, x.gamma, x.eta, *_gate(bias, slope),
-        plan.write_order, plan.previous, plan.leaving, plan.write_bucket, _continues(doc_start, segment_len),
+        plan.write_order, plan.previous, plan.leaving, plan.write_bucket,
+        _continues(_documents(doc_start, segment_len)),
         plan.read_order, plan.read_bucket, plan.read_range, plan.read_source, shares, d_z_read,
         *below, *ends, *d_ends, adjoint, adjoint_z, adjoint_surprise, pulls, *d_state, *d_below, *d_gate,
         length, sequences // batch, num_slots,
@@ -185,10 +187,7 @@ def threaded_backward_op(
         q, k, u_k, u_v, beta, write_w, read_w, gamma, a_s, eta, bias, slope,
         below_k, below_v, below_z, below_surprise, S_k, S_v, z, surprise,
     )  # fmt: skip
-    return [
-        q.new_empty(0) if like is None or grad is None else grad.to(like.dtype).view(like.shape)
-        for grad, like in zip(results, given, strict=True)
-    ]
+    return present(results, given)
 
 
 @threaded_op.register_fake
@@ -231,9 +230,7 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None,
     results = threaded_backward_op(
         d_o, *grads[1 : 1 + STATE_TENSORS], ends, saved, *given, doc_start, ctx.num_slots, ctx.segment_len
     )
-    present = {name for name, x in zip(DIFFERENTIABLE, given, strict=True) if x is not None}
-    by_name = dict(zip(DIFFERENTIABLE, results, strict=True))
-    return tuple(by_name[name] if name in present else None for name in ARGUMENTS)
+    return by_argument(results, given, DIFFERENTIABLE, ARGUMENTS)
 
 
 threaded_op.register_autograd(_differentiate, setup_context=_save)
@@ -258,9 +255,8 @@ def _documents(doc_start: Tensor | None, segment_len: int) -> Tensor | None:
     return (doc_start.unflatten(1, (-1, segment_len)) - first.view(1, -1, 1)).flatten(0, 1)
 
 
-def _continues(doc_start: Tensor | None, segment_len: int) -> Tensor | None:
+def _continues(documents: Tensor | None) -> Tensor | None:
     """int32 [B*N]: whether the document alive at a segment's end began before the segment."""
-    documents = _documents(doc_start, segment_len)
     return None if documents is None else (documents[:, -1] < 0).int()
 
 
