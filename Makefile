@@ -40,6 +40,7 @@ format: venv
 
 docs: venv
 	.venv/bin/python -m slotmamba.config.reference > docs/recipes.md
+	.venv/bin/python -m slotmamba.estimate.sizes > docs/sizes.md
 
 # After a full test run with newer versions in .venv: record them. The local version of torch
 # (+cpu, +cu130) and what only its CUDA build needs are left out, so that one file serves all machines.

@@ -21,10 +21,11 @@ from triton.testing import do_bench
 from slotmamba_kernels.bdlru import bdlru, triton_op
 
 WIDTH = 1024
-SHAPES = [(8, 4096), (1, 32768)]
+SHAPES = [(8, 4096), (8, 2048), (1, 32768)]
 BLOCK_SIZES = [2, 4, 8, 16]
-CHUNKS = [1024, 512, 256, 128, 64]
+CHUNKS = [2048, 1024, 512, 256, 128]
 DISTANCES = [2, 4, 8, 16]
+MOST_AHEAD = 64  # matrix entries that a lane holds ahead; more do not fit its registers
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ def both_ways(inputs: list[Tensor], backend: str) -> Callable[[], object]:
 def one_way(inputs: list[Tensor], backend: str) -> Callable[[], object]:
     v, gates, state = (x.detach() for x in inputs)
     return lambda: bdlru(v, gates, state, backend=backend)
+
+
+def forward_alone(inputs: list[Tensor]) -> Callable[[], object]:
+    return one_way(inputs, "triton")
 
 
 def backward_alone(inputs: list[Tensor]) -> Callable[[], object]:
@@ -99,28 +104,26 @@ def print_row(*cells: object) -> None:
 
 
 def sweep() -> None:
-    """Other chunks with the tables' distances, then other distances with the tables' chunks."""
-    chunk_length = triton_op.chunk_length
+    """Every length of chunks with every distance of loading ahead; forward and backward, a table each."""
+    chunk_length, tables = triton_op.chunk_length, (triton_op.AHEAD, triton_op.AHEAD_BACKWARD)
     for batch, length in SHAPES:
         for m in (1, *BLOCK_SIZES):
             inputs = Case(batch, length, m).inputs()
-            shape = f"B={batch} T={length} m={m}"
-            for chunk in (length, *CHUNKS):
-                triton_op.chunk_length = lambda *_, chunk=chunk: chunk
-                print_ways(f"{shape} chunk={chunk}", inputs)
-            triton_op.chunk_length = chunk_length
-            for name in ("AHEAD", "AHEAD_BACKWARD", "AHEAD_COMPOSING"):
-                table = getattr(triton_op, name)
+            distances = [distance for distance in DISTANCES if distance * m <= MOST_AHEAD]
+            for way, table, make in zip(("forward", "backward"), tables, (forward_alone, backward_alone), strict=True):
+                said = f"{chunk_length(batch, length, WIDTH, m)} ahead {table[m]}"
+                print(f"\nB={batch} T={length} m={m} {way}; the tables say chunk {said}")
+                print("".join(f"{cell:>10}" for cell in ("chunk", *(f"ahead {distance}" for distance in distances))))
                 chosen = table[m]
-                for distance in DISTANCES:
-                    table[m] = distance
-                    print_ways(f"{shape} {name}={distance}", inputs)
+                for chunk in (length, *CHUNKS):
+                    triton_op.chunk_length = lambda *_, chunk=chunk: chunk
+                    times = []
+                    for distance in distances:
+                        table[m] = distance
+                        times.append(milliseconds(make(inputs)))
+                    print(f"{chunk:>10}", *(f"{time:9.3f}" for time in times), flush=True)
                 table[m] = chosen
-
-
-def print_ways(title: str, inputs: list[Tensor]) -> None:
-    forward, backward = milliseconds(one_way(inputs, "triton")), milliseconds(backward_alone(inputs))
-    print(f"{title}: forward {forward:.3f}, backward {backward:.3f}", flush=True)
+                triton_op.chunk_length = chunk_length
 
 
 def main() -> None:

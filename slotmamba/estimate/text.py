@@ -60,7 +60,7 @@ def _share(part: float, whole: float) -> str:
 
 def _memory(found: Estimate, micro_batch: int) -> str:
     memory = found.memory
-    copy = " and ZeRO's copy of the weights" if found.engine == "deepspeed" else ""
+    copy = ", ZeRO's copy of weights" if found.engine == "deepspeed" else ""
     operations = "Triton kernels" if found.gpu else "PyTorch operations"
     activations = f"activations of a micro-batch ({micro_batch} rows, {operations})"
     rows = [
