@@ -16,7 +16,8 @@ from torch import Tensor
 from slotmamba_kernels.bdlru.triton_kernels import LANES, compose_chunks, scan_chunks, scan_chunks_backward
 
 # By block size: programs, of 32 rows each, from which one walk is faster than two that share the tokens among chunks.
-WALKS = {1: 256, 2: 256, 4: 192, 8: 128, 16: 64}
+# Small blocks have little to read twice, and walk alone only where chunks would be as long as half the sequence.
+WALKS = {1: 1024, 2: 1024, 4: 1024, 8: 128, 16: 64}
 PROGRAMS = 2048  # about, when there are chunks: 16 warps for each multiprocessor of an H100
 SHORTEST_CHUNK = 64
 # By block size: how many tokens ahead of their use the gates are loaded. That is as long as memory takes to answer.
