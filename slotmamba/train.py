@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -29,7 +27,9 @@ from slotmamba.metrics import MetricsLog
 from slotmamba.plots import plot_run
 from slotmamba.progress import Progress
 from slotmamba.readiness import missing_data
+from slotmamba.run_folder import locked
 from slotmamba.schedule import learning_rate
+from slotmamba.seed_checkpoint import check_seed
 from slotmamba.signals import StopFlag
 from slotmamba.step_rows import StepRows
 from slotmamba.tracking import Tracker
@@ -69,7 +69,7 @@ def train(recipe: Recipe, stop: StopFlag | None = None) -> int:
             raise InputError("\n".join(missing))
         if world.device.type == "cpu":
             keep_freed_memory()
-        with _locked(recipe.run_path, world), rank_log(logs, world):
+        with locked(recipe.run_path, world), rank_log(logs, world):
             watch.begin(logs, limits)
             with closing(Trainer(recipe, world, watch)) as trainer:
                 trainer.run(stop)
@@ -119,7 +119,8 @@ class Trainer:
             return
         self.step, progress = found
         self.saved = self.step, False
-        if not progress:  # a seed checkpoint
+        if "data" not in progress:
+            check_seed(progress, self.recipe, self.store.folder.checkpoint(self.step))
             return
         before = StepRows.of(progress["batch_sizes"])
         self.steps = before.resumed(self.step, progress["data"]["samples_consumed"], self.recipe.rows_per_step)
@@ -368,21 +369,3 @@ def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in section.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-@contextmanager
-def _locked(run_dir: Path, world: World) -> Iterator[None]:
-    """Makes the run folder and holds it for this world: two that train in it would prune each other's checkpoints."""
-    with ExitStack() as stack:
-        failure: str | None = None
-        if world.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((run_dir / ".lock").open("a"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                failure = f"another process is training in {run_dir}: wait for it or set another run_dir"
-        failure = world.broadcast(failure)
-        if failure is not None:
-            raise InputError(failure)
-        yield

@@ -14,7 +14,9 @@ import torch
 from slotmamba.cli import main
 from slotmamba.evaluate.validation import Validation
 from slotmamba.global_step import GlobalStep
+from slotmamba.run_folder import locked
 from slotmamba.train import train
+from slotmamba.world import World
 from tests.disks import mounted_disk
 from tests.train.runs import Runs, assert_same_run, assert_same_tensors, committed, fails, succeeds, tensors
 
@@ -115,5 +117,27 @@ def test_a_run_from_a_seed_checkpoint(
         fails(capsys, seed, 2)
         == f"{tmp_path}/checkpoints has checkpoints already: a run starts from the newest of them"
     )
+    other = fails(capsys, runs.command(tmp_path, *EVERY_STEP, "seed=7"), 2)
+    assert other == (
+        f"{tmp_path}/checkpoints/step-00000000 holds the initial weights of seed=0, and the recipe has seed=7: "
+        "set seed=0, or write it anew in another run_dir"
+    )
     succeeds(runs.command(tmp_path, *EVERY_STEP))
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_seed_checkpoint_where_a_run_trains(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*runs.command(tmp_path), "--seed-checkpoint"]
+    with locked(tmp_path, World.alone(torch.device("cpu"))):
+        assert fails(capsys, command, 2).startswith(f"another process is training in {tmp_path}: ")
+        assert committed(tmp_path) == []
+    succeeds(command)
+    assert committed(tmp_path) == [0]
+
+
+def test_a_seed_checkpoint_is_not_written_in_a_dry_run(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*runs.command(tmp_path / "run"), "--seed-checkpoint", "--dry-run"]
+    assert "argument --dry-run: not allowed with argument --seed-checkpoint" in fails(capsys, command, 2)
+    assert not (tmp_path / "run").exists()
