@@ -18,7 +18,7 @@ from slotmamba.config.schema import Recipe
 from slotmamba.device import compute_precision
 from slotmamba.engines import build_engine, check_layout
 from slotmamba.environment import describe_environment
-from slotmamba.errors import InputError, TrainingError
+from slotmamba.errors import InputError, TrainingError, one_line
 from slotmamba.evaluate.validation import Validation
 from slotmamba.faults import Limits, Watch, keep_flight_record, rank_log, watched
 from slotmamba.files import write_json
@@ -199,19 +199,33 @@ class Trainer:
             tokenizer = find_tokenizer(self.recipe.data.tokenizer)
             write_file(self.run_dir / tokenizer_name(tokenizer), tokenizer.read_bytes())
         write_json(self.run_dir / "environment.json", describe_environment())
-        with closing(MetricsLog(self.run_dir / "metrics.jsonl")) as self.metrics:
+        lossy = self.recipe.train.checkpoint.on_error == "continue"
+        with closing(MetricsLog(self.run_dir / "metrics.jsonl", lossy)) as self.metrics:
             self.metrics.truncate_after(self.step, repeated="validation" if self.validation_due else None)
             with closing(Tracker(self.recipe, self.run_dir, self.tracker_state)) as self.tracker:
                 yield
 
     def _changes(self) -> list[str]:
         """What the recipe says otherwise than the one that the checkpoint was trained with."""
-        saved = self.run_dir / "recipe.yaml"
-        if self.step == 0 or not saved.is_file():
+        saved = self._saved_recipe()
+        if self.step == 0 or saved is None:
             return []
-        before, now = (_flat(each.model_dump(mode="json")) for each in (load_recipe(saved), self.recipe))
+        before, now = (_flat(each.model_dump(mode="json")) for each in (saved, self.recipe))
         keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         return [f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys if key != "run_dir"]
+
+    def _saved_recipe(self) -> Recipe | None:
+        """The recipe in the run folder, if it can be read. The checkpoint, not this file, says what has to match."""
+        path = self.run_dir / "recipe.yaml"
+        if not path.is_file():
+            return None
+        try:
+            return load_recipe(path)
+        except InputError as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            path.replace(aside)
+            logger.warning("%s; moved to %s and written anew, its changes are not known", one_line(error), aside)
+            return None
 
     def _opening(self) -> str:
         processes = f" of {self.world.size} processes" if self.world.size > 1 else ""

@@ -180,7 +180,9 @@ class CheckpointConfig(Section):
         description="Train on while a thread writes a copy of the state in CPU memory; not with deepspeed.",
     )
     on_error: Literal["stop", "continue"] = Field(
-        "stop", description="A checkpoint that cannot be written (disk full): stop, or warn and try again at the next."
+        "stop",
+        description="A checkpoint that cannot be written (disk full): stop, or warn and try again at the next. "
+        "`continue` also goes on without the lines of metrics.jsonl for which there is no room.",
     )
 
 
