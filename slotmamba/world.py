@@ -71,10 +71,6 @@ class World:
         dist.gather_object(value, values, dst=0)
         return values
 
-    def barrier(self) -> None:
-        """Waits for all processes, on gloo."""
-        self.any(False)
-
 
 @contextmanager
 def joined(device_setting: str) -> Iterator[World]:
