@@ -188,11 +188,14 @@ def _train(args: argparse.Namespace) -> int:
 
 def _validate(args: argparse.Namespace) -> int:
     from slotmamba.config import recipe_yaml
-    from slotmamba.readiness import missing_data
+    from slotmamba.readiness import missing_data, unfit_data
 
     recipe = _load_recipe(args)
     if args.print:
         print(recipe_yaml(recipe), end="")
+    unfit = unfit_data(recipe)
+    if unfit:
+        raise InputError("\n".join(unfit))
     print(f"{recipe.name}: ok")
     for line in missing_data(recipe):
         print(f"to be made before training: {line}")
