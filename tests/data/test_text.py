@@ -176,7 +176,7 @@ def test_a_damaged_page_is_named_by_the_row_before_it(tmp_path: Path) -> None:
     place = column.data_page_offset + column.total_compressed_size * 3500 // 4000
     content[place : place + 200] = bytes(200)
     path.write_bytes(content)
-    read = []
+    read: list[object] = []
     message = r"some\.parquet is not a Parquet file that can be read beyond row 3072 of group 0: "
     with pytest.raises(InputError, match=message):
         read.extend(TextReader(str(path), TextOptions()))
