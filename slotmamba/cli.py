@@ -52,12 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = Parser(prog="slotmamba", description="Train and use SlotMamba language models.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     train = _add_recipe_command(commands, "train", _train, "train a model; the same command again resumes the run")
-    train.add_argument(
+    instead = train.add_mutually_exclusive_group()
+    instead.add_argument(
         "--seed-checkpoint",
         action="store_true",
         help="only write the initial weights as checkpoint 0, which any engine and number of processes starts from",
     )
-    train.add_argument(
+    instead.add_argument(
         "--dry-run",
         action="store_true",
         help="build and shard the model for all processes on this one, and run nothing",
@@ -187,11 +188,14 @@ def _train(args: argparse.Namespace) -> int:
 
 def _validate(args: argparse.Namespace) -> int:
     from slotmamba.config import recipe_yaml
-    from slotmamba.readiness import missing_data
+    from slotmamba.readiness import missing_data, unfit_data
 
     recipe = _load_recipe(args)
     if args.print:
         print(recipe_yaml(recipe), end="")
+    unfit = unfit_data(recipe)
+    if unfit:
+        raise InputError("\n".join(unfit))
     print(f"{recipe.name}: ok")
     for line in missing_data(recipe):
         print(f"to be made before training: {line}")

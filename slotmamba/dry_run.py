@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from slotmamba.config.schema import Recipe
+from slotmamba.config.schema import ParallelConfig, Recipe
 from slotmamba.engines import check_layout
+from slotmamba.errors import InputError
 from slotmamba.estimate import Estimate, estimate
 from slotmamba.estimate.sharding import FLOAT, MOMENTS, micro_batches
 from slotmamba.estimate.text import communication_tables, readable
@@ -21,6 +22,9 @@ from slotmamba.optim import build_optimizer, decayed_parameters
 from slotmamba.readiness import missing_data
 from slotmamba.tables import table
 from slotmamba.world import World
+
+MOST_PROCESSES = 65_536
+MOST_SHARDS = 4_096  # of fsdp2, which makes a tensor for every shard of every parameter
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,13 @@ def dry_run(recipe: Recipe) -> str:
     """Builds and shards the model as the processes of the recipe's world would; returns a report.
 
     Raises:
-        InputError: the recipe does not fit its world.
+        InputError: the recipe does not fit its world, or that is too large for a dry run: more than MOST_PROCESSES, or
+            MOST_SHARDS under fsdp2, which take half a minute and 1 GB.
         ModuleNotFoundError: the engine's package is not installed.
     """
     size = recipe.parallel.size
     check_layout(recipe, size)
+    _check_size(recipe.parallel)
     parts = {rank: _part(recipe, rank) for rank in sorted({0, size - 1})}
     found = estimate(recipe)
     rows, passes = recipe.rows_per_step // size, micro_batches(recipe)
@@ -53,6 +59,19 @@ def dry_run(recipe: Recipe) -> str:
         *(f"to be made before training: {line}" for line in missing_data(recipe)),
     ]
     return "\n\n".join(["\n".join(head), _parts(parts), _memory(parts[0], found), *communication_tables(found)])
+
+
+def _check_size(parallel: ParallelConfig) -> None:
+    if parallel.size > MOST_PROCESSES:
+        raise InputError(
+            f"a dry run is for at most {MOST_PROCESSES} processes, not parallel.replicate * parallel.shard = "
+            f"{parallel.size}"
+        )
+    if parallel.engine == "fsdp2" and parallel.shard > MOST_SHARDS:
+        raise InputError(
+            f"a dry run of fsdp2 is for at most {MOST_SHARDS} shards, not parallel.shard={parallel.shard}: "
+            "raise parallel.replicate instead"
+        )
 
 
 def _engine(recipe: Recipe) -> str:

@@ -43,12 +43,13 @@ class GlobalStep:
         Raises:
             TrainingError: no position of the batch has a label.
         """
+        first = reader.samples_consumed
         rows = reader.next_batch(self.recipe.rows_per_step, self.world.rank, self.world.size)
         counted = RowCounts.of(rows, self.world)
         tokens = counted.labelled
         if tokens == 0:
-            step = reader.samples_consumed // self.recipe.rows_per_step
-            raise TrainingError(f"step {step}: no position of the batch has a label")
+            last = reader.samples_consumed - 1
+            raise TrainingError(f"rows {first} to {last}, those of one step: no position has a label")
         # Nats and labelled tokens of each source, one more line for the balance term.
         sums = torch.zeros(len(self.sources) + 1, 2, dtype=torch.float64, device=self.world.device)
         batches = list(self._micro_batches(rows))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from slotmamba.errors import InputError
 from slotmamba_data.files import write_file
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -20,13 +23,19 @@ class MetricsLog:
     no infinities: such values are written as null.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lossy: bool = False) -> None:
         """Opens ``path`` for appending and creates it where it is missing.
+
+        Args:
+            lossy: a record that cannot be written is no error but lost: a warning says so at the first, and another how
+                many it were when there is room again.
 
         Raises:
             OSError: it cannot be opened.
         """
         self.path = path
+        self._lossy = lossy
+        self._lost = 0
         self._descriptor = _open(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -42,36 +51,65 @@ class MetricsLog:
             _write_all(self._descriptor, line.encode())
         except OSError as error:
             os.ftruncate(self._descriptor, end)
-            raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
+            self._fail(error)
+            self._lost += 1
+            return
+        if self._lost:
+            logger.warning("%s is written again; %d records of the meantime are lost", self.path, self._lost)
+            self._lost = 0
 
     def sync(self) -> None:
-        """Force the records to the disk."""
+        """Force the records to the disk; errors as for `write`."""
         try:
             os.fsync(self._descriptor)
         except OSError as error:
-            raise OSError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
+            self._fail(error)
 
     def truncate_after(self, step: int, repeated: str | None = None) -> None:
         """Drop the records of later steps, and a torn last line: what a run resumed after ``step`` steps would repeat.
+
+        Other lines that are no records move to a file beside this one, with ``.damaged`` after its name, and a warning.
 
         Args:
             repeated: kind of record that it will write for ``step`` itself, too.
 
         Raises:
-            InputError: as `read_metrics`.
             OSError: the file could not be rewritten; it keeps its old content.
         """
-        records = [
-            record
-            for record in read_metrics(self.path)
-            if record["step"] < step or (record["step"] == step and (repeated is None or record["kind"] != repeated))
-        ]
-        write_file(self.path, "".join(json.dumps(record) + "\n" for record in records).encode())
+        kept: list[bytes] = []
+        damaged: list[bytes] = []
+        first: InputError | None = None
+        for place, line in _lines(self.path):
+            try:
+                record = _parse(line, place)
+            except InputError as error:
+                first = first or error
+                damaged.append(line + b"\n")
+                continue
+            again = repeated is not None and record.get("kind") == repeated
+            if record["step"] < step or (record["step"] == step and not again):
+                kept.append(line + b"\n")
+        if first is not None:
+            self._set_aside(damaged, first)
+        write_file(self.path, b"".join(kept))
         self.close()
         self._descriptor = _open(self.path)
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+    def _fail(self, error: OSError) -> None:
+        text = f"cannot write {self.path}: {error.strerror}"
+        if not self._lossy:
+            raise OSError(error.errno, text) from error
+        if not self._lost:
+            logger.warning("%s; training goes on, and records are lost until there is room", text)
+
+    def _set_aside(self, damaged: list[bytes], first: InputError) -> None:
+        aside = self.path.with_name(f"{self.path.name}.damaged")
+        write_file(aside, (aside.read_bytes() if aside.exists() else b"") + b"".join(damaged))
+        more = f" with {len(damaged) - 1} more such lines" if len(damaged) > 1 else ""
+        logger.warning("%s; moved to %s%s", first, aside, more)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -81,9 +119,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         InputError: another line is not a JSON object with an integer ``step``; the error names file and line.
         OSError: the file cannot be read.
     """
+    return [_parse(line, place) for place, line in _lines(path)]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Each whole line of the file, and what an error calls it."""
     # A whole line ends with a newline, so what follows the last one is empty or torn.
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        yield f"{path}, line {number}", line
 
 
 def _parse(line: bytes, place: str) -> dict[str, Any]:

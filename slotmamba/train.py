@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +18,7 @@ from slotmamba.config.schema import Recipe
 from slotmamba.device import compute_precision
 from slotmamba.engines import build_engine, check_layout
 from slotmamba.environment import describe_environment
-from slotmamba.errors import InputError, TrainingError
+from slotmamba.errors import InputError, TrainingError, one_line
 from slotmamba.evaluate.validation import Validation
 from slotmamba.faults import Limits, Watch, keep_flight_record, rank_log, watched
 from slotmamba.files import write_json
@@ -29,7 +27,9 @@ from slotmamba.metrics import MetricsLog
 from slotmamba.plots import plot_run
 from slotmamba.progress import Progress
 from slotmamba.readiness import missing_data
+from slotmamba.run_folder import locked
 from slotmamba.schedule import learning_rate
+from slotmamba.seed_checkpoint import check_seed
 from slotmamba.signals import StopFlag
 from slotmamba.step_rows import StepRows
 from slotmamba.tracking import Tracker
@@ -69,7 +69,7 @@ def train(recipe: Recipe, stop: StopFlag | None = None) -> int:
             raise InputError("\n".join(missing))
         if world.device.type == "cpu":
             keep_freed_memory()
-        with _locked(recipe.run_path, world), rank_log(logs, world):
+        with locked(recipe.run_path, world), rank_log(logs, world):
             watch.begin(logs, limits)
             with closing(Trainer(recipe, world, watch)) as trainer:
                 trainer.run(stop)
@@ -119,7 +119,8 @@ class Trainer:
             return
         self.step, progress = found
         self.saved = self.step, False
-        if not progress:  # a seed checkpoint
+        if "data" not in progress:
+            check_seed(progress, self.recipe, self.store.folder.checkpoint(self.step))
             return
         before = StepRows.of(progress["batch_sizes"])
         self.steps = before.resumed(self.step, progress["data"]["samples_consumed"], self.recipe.rows_per_step)
@@ -198,19 +199,33 @@ class Trainer:
             tokenizer = find_tokenizer(self.recipe.data.tokenizer)
             write_file(self.run_dir / tokenizer_name(tokenizer), tokenizer.read_bytes())
         write_json(self.run_dir / "environment.json", describe_environment())
-        with closing(MetricsLog(self.run_dir / "metrics.jsonl")) as self.metrics:
+        lossy = self.recipe.train.checkpoint.on_error == "continue"
+        with closing(MetricsLog(self.run_dir / "metrics.jsonl", lossy)) as self.metrics:
             self.metrics.truncate_after(self.step, repeated="validation" if self.validation_due else None)
             with closing(Tracker(self.recipe, self.run_dir, self.tracker_state)) as self.tracker:
                 yield
 
     def _changes(self) -> list[str]:
         """What the recipe says otherwise than the one that the checkpoint was trained with."""
-        saved = self.run_dir / "recipe.yaml"
-        if self.step == 0 or not saved.is_file():
+        saved = self._saved_recipe()
+        if self.step == 0 or saved is None:
             return []
-        before, now = (_flat(each.model_dump(mode="json")) for each in (load_recipe(saved), self.recipe))
+        before, now = (_flat(each.model_dump(mode="json")) for each in (saved, self.recipe))
         keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         return [f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys if key != "run_dir"]
+
+    def _saved_recipe(self) -> Recipe | None:
+        """The recipe in the run folder, if it can be read. The checkpoint, not this file, says what has to match."""
+        path = self.run_dir / "recipe.yaml"
+        if not path.is_file():
+            return None
+        try:
+            return load_recipe(path)
+        except InputError as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            path.replace(aside)
+            logger.warning("%s; moved to %s and written anew, its changes are not known", one_line(error), aside)
+            return None
 
     def _opening(self) -> str:
         processes = f" of {self.world.size} processes" if self.world.size > 1 else ""
@@ -368,21 +383,3 @@ def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in section.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-@contextmanager
-def _locked(run_dir: Path, world: World) -> Iterator[None]:
-    """Makes the run folder and holds it for this world: two that train in it would prune each other's checkpoints."""
-    with ExitStack() as stack:
-        failure: str | None = None
-        if world.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((run_dir / ".lock").open("a"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                failure = f"another process is training in {run_dir}: wait for it or set another run_dir"
-        failure = world.broadcast(failure)
-        if failure is not None:
-            raise InputError(failure)
-        yield

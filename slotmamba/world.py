@@ -12,14 +12,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from slotmamba.device import choose_device
-from slotmamba.errors import InputError
+from slotmamba.errors import InputError, SlotMambaError
 
 T = TypeVar("T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_JOIN_TIMEOUT = timedelta(minutes=10)  # for nodes that boot and import at different speeds
+_JOIN_TIMEOUT = timedelta(minutes=5)  # for nodes that read Python's files at different speeds
 _CPU = torch.device("cpu")
 
 
@@ -71,10 +72,6 @@ class World:
         dist.gather_object(value, values, dst=0)
         return values
 
-    def barrier(self) -> None:
-        """Waits for all processes, on gloo."""
-        self.any(False)
-
 
 @contextmanager
 def joined(device_setting: str) -> Iterator[World]:
@@ -88,6 +85,7 @@ def joined(device_setting: str) -> Iterator[World]:
 
     Raises:
         InputError: the variables are incomplete, or there are fewer GPUs than processes on this machine.
+        SlotMambaError: not all of the processes have joined within five minutes; rank 0's names those that have not.
     """
     device = choose_device(device_setting, "train.device")
     given = [name for name in _VARIABLES if name in os.environ]
@@ -105,7 +103,7 @@ def ensure_process_group(world: World) -> None:
     """Gives a process that runs alone a process group of one, which sharding engines need."""
     if not dist.is_initialized():
         assert world.size == 1
-        store = dist.HashStore()  # type: ignore[attr-defined]
+        store = HashStore()
         dist.init_process_group(_backend(world.device), store=store, rank=0, world_size=1)
 
 
@@ -125,8 +123,45 @@ def _join(device: torch.device, missing: list[str]) -> World:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group(_backend(device), timeout=_JOIN_TIMEOUT)
+    store = _meet(rank, size)
+    dist.init_process_group(_backend(device), store=store, rank=rank, world_size=size, timeout=_JOIN_TIMEOUT)
     return World(rank, size, local_rank, device)
+
+
+def _meet(rank: int, size: int) -> Store:
+    """Where the processes find one another, when all are there: torch's own wait would not say who is missing."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = TCPStore(
+            address, int(port), size, is_master=rank == 0 and not by_torchrun, timeout=_JOIN_TIMEOUT,
+            wait_for_workers=False, multi_tenant=True,
+        )  # fmt: skip
+        store.set(f"joined/{rank}", "")
+        if rank == 0:
+            _wait_for_all(store, size)
+            store.set("all joined", "")
+        else:
+            store.wait(["all joined"], 2 * _JOIN_TIMEOUT)  # rank 0 has the last word, and may have come later
+    except dist.DistError as error:
+        reason = str(error).partition("\n")[0]
+        raise SlotMambaError(
+            f"rank {rank} could not join the others at {address}:{port} (MASTER_ADDR, MASTER_PORT), or rank 0 has "
+            f"ended: {reason}"
+        ) from error
+    return store
+
+
+def _wait_for_all(store: Store, size: int) -> None:
+    try:
+        store.wait([f"joined/{rank}" for rank in range(size)], _JOIN_TIMEOUT)
+    except dist.DistStoreError as error:
+        missing = [str(rank) for rank in range(size) if not store.check([f"joined/{rank}"])]
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise SlotMambaError(
+            f"{size - len(missing)} of {size} processes have joined within {_JOIN_TIMEOUT.total_seconds():.0f} s; "
+            f"missing: rank {', '.join(missing[:8])}{more}"
+        ) from error
 
 
 def _backend(device: torch.device) -> str:

@@ -21,6 +21,8 @@ FSDP = [*SIZE, "parallel.engine=fsdp2", "parallel.shard=64"]
 HSDP = [*SIZE, "parallel.engine=fsdp2", "parallel.shard=8", "parallel.replicate=8"]
 ZERO = [*SIZE, "parallel.engine=deepspeed", "parallel.shard=64"]
 
+MILLION = ["train.global_batch_tokens=1073741824", "train.micro_batch=1", "optim.warmup=0"]
+
 
 def recipe_of(*overrides: str) -> Recipe:
     return load_recipe("lm-50m", list(overrides))
@@ -50,6 +52,13 @@ def test_reports(overrides: list[str], engine: str, capsys: pytest.CaptureFixtur
             built, built_unit, estimated, estimated_unit = line.split()[-4:]
             assert built_unit == estimated_unit
             assert float(built) == pytest.approx(float(estimated), rel=0.01), line
+
+
+@pytest.mark.slow
+def test_the_largest_world(capsys: pytest.CaptureFixture[str]) -> None:
+    world = ["parallel.engine=fsdp2", "parallel.replicate=8192", "parallel.shard=8"]
+    assert main(["train", "lm-50m", "--dry-run", *MILLION, *world]) == 0
+    assert "dry run of fsdp2 on 65536 processes with 8192 replicas" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("overrides", [FSDP, HSDP])
@@ -115,6 +124,15 @@ def test_what_is_sent() -> None:
         (["parallel.engine=fsdp2", "parallel.shard=48"], "not a multiple of train.micro_batch=16 rows on each of 48"),
         ([*ZERO, "parallel.replicate=2"], "ZeRO shards over all processes"),
         (["parallel.shard=64"], "engine=single is one process"),
+        (
+            [*MILLION, "parallel.engine=fsdp2", "parallel.replicate=131072", "parallel.shard=8"],
+            "a dry run is for at most 65536 processes, not parallel.replicate * parallel.shard = 1048576",
+        ),
+        ([*MILLION, "parallel.engine=deepspeed", "parallel.shard=1048576"], "a dry run is for at most 65536 processes"),
+        (
+            [*MILLION, "parallel.engine=fsdp2", "parallel.replicate=8", "parallel.shard=8192"],
+            "a dry run of fsdp2 is for at most 4096 shards, not parallel.shard=8192",
+        ),
         ([*FSDP, "model.n_heads=7"], "d_model=512 is not divisible by n_heads=7"),
     ],
 )

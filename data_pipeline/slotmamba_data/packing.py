@@ -34,7 +34,8 @@ class Row:
         documents: the documents in the row, in order.
         encoder_tokens: int32 [S] in the seq2seq form, S the same for all rows of a source; else None.
         encoder_valid: bool [S], False on the encoder's padding; else None.
-        skipped: documents, or parts of them, that could not be read and were left out.
+        skipped: documents that could not be read and were left out, or parts of them were; one that is cut into several
+            rows counts in that of its first such part.
     """
 
     tokens: np.ndarray

@@ -84,7 +84,7 @@ class RemoteStore:
                 "`slotmamba data build`, all of it"
             ) from error
 
-    def check(self, entries: Sequence[ShardEntry]) -> None:
+    def check(self, entries: Sequence[ShardEntry], truncated: bool) -> None:
         """Nothing is cheap here; each shard is checked when it is read."""
 
     def index(self, entry: ShardEntry) -> bytes:

@@ -76,6 +76,8 @@ class ShardFolder:
         location: path or URL (http, https, or what fsspec knows).
         remote: how a URL is read.
         kept_open: shards whose index (16 bytes a document) and file are kept open: those that are used by turns.
+        truncated: open the folder even if a local shard has another size than was written. None of its documents can be
+            read, as from a remote store.
 
     Attributes:
         location: path or URL.
@@ -88,12 +90,17 @@ class ShardFolder:
     """
 
     def __init__(
-        self, location: str | Path, *, remote: RemoteSettings | None = None, kept_open: int = KEPT_OPEN
+        self,
+        location: str | Path,
+        *,
+        remote: RemoteSettings | None = None,
+        kept_open: int = KEPT_OPEN,
+        truncated: bool = False,
     ) -> None:
         self.location = str(location)
         self._store = open_store(location, remote)
         self.manifest = Manifest.parse(self._store.manifest(), self.where(MANIFEST_NAME))
-        self._store.check(self.manifest.shards)
+        self._store.check(self.manifest.shards, truncated)
         self.first = np.cumsum([0] + [entry.documents for entry in self.manifest.shards])
         self._tokens_type = np.dtype(self.manifest.token_dtype).newbyteorder("<")
         self._kept_open = kept_open

@@ -168,10 +168,19 @@ class ShardRows:
                 if self._reading.on_corrupt == "error":
                     raise
                 logger.warning("left out of row %d: %s", number, error)
-                packer.skipped += 1
+                packer.skipped += self._is_whole(shard, own, start)
         if self._seq2seq and encoder is None:
             encoder = np.full(1, PAD)  # one token: attention to none at all has no value
         return packer.row(self._index, encoder, self.encoder_length)
+
+    def _is_whole(self, shard: int, document: int, start: int) -> bool:
+        """Whether a document can be read up to `start`: one that is cut counts where its first damaged part is."""
+        try:
+            # With the token at `start`, the last label of the part before.
+            self.folder.read(shard, document, 0, start + 1 if start else 0)
+        except CorruptShardError:
+            return False
+        return True
 
     def _locate(self, number: int) -> tuple[int, int, int]:
         """Epoch, group and row of the group, before their shuffle, of a row of the source."""

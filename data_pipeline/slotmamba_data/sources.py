@@ -73,7 +73,12 @@ def open_source(source: Source, index: int, seq_len: int, seed: int, split: str,
             return GeneratedRecall(source.mqar, index, seq_len, seed, stream)
         assert source.shards is not None
         # Where one group ends and the next begins, both are in use.
-        folder = ShardFolder(source.shards, remote=reading.remote, kept_open=2 * reading.shuffle_shards)
+        folder = ShardFolder(
+            source.shards,
+            remote=reading.remote,
+            kept_open=2 * reading.shuffle_shards,
+            truncated=reading.on_corrupt == "skip",
+        )
         if folder.manifest.kind != source.kind:
             raise InputError(
                 f"{folder.location} holds data of kind {folder.manifest.kind}, the source is of kind {source.kind}"

@@ -53,8 +53,8 @@ class Store(Protocol):
         """
         ...
 
-    def check(self, entries: Sequence[ShardEntry]) -> None:
-        """Looks, where that is cheap, whether all files are there and have their size.
+    def check(self, entries: Sequence[ShardEntry], truncated: bool) -> None:
+        """Looks, where that is cheap, whether all files are there and, unless they may be `truncated`, have their size.
 
         Raises:
             InputError: one is missing or was truncated.
@@ -125,18 +125,16 @@ class LocalStore:
         with naming(path):
             return path.read_bytes()
 
-    def check(self, entries: Sequence[ShardEntry]) -> None:
+    def check(self, entries: Sequence[ShardEntry], truncated: bool) -> None:
         with naming(self._folder), os.scandir(self._folder) as listing:
             files = {file.name: file for file in listing if file.is_file()}
         for entry in entries:
             for what, name in (("shard", entry.name), ("index", entry.index)):
                 if name not in files:
                     raise InputError(f"{what} {self.where(name)} is missing: {_BUILD}")
-            if (size := files[entry.name].stat().st_size) != entry.bytes:
-                raise InputError(
-                    f"shard {self.where(entry.name)} has {size} bytes instead of {entry.bytes}: "
-                    f"it was truncated or replaced; {_BUILD}"
-                )
+            size = files[entry.name].stat().st_size
+            if size != entry.bytes and not truncated:
+                raise InputError(_other_size(self.where(entry.name), size, entry.bytes))
 
     def index(self, entry: ShardEntry) -> bytes:
         path = self._folder / entry.index
@@ -156,6 +154,10 @@ class LocalStore:
         """Nothing is kept open."""
 
 
+def _other_size(path: str, size: int, written: int) -> str:
+    return f"shard {path} has {size} bytes instead of {written}: it was truncated or replaced; {_BUILD}"
+
+
 class LocalFile:
     """An open file. What is read for the first time is read, so that a failing disk is an error with a name in it; in
     mapped memory it would end the process with SIGBUS. From then on it is in memory, most likely, and mapped."""
@@ -165,11 +167,14 @@ class LocalFile:
         with naming(path):
             self._file = io.FileIO(path)
         self._descriptor = self._file.fileno()
-        self._changed = os.fstat(self._descriptor).st_mtime_ns
+        status = os.fstat(self._descriptor)
+        self._found, self._changed = status.st_size, status.st_mtime_ns
         self._map: mmap.mmap | None = None
         self._view = memoryview(b"")
 
     def read(self, first: int, past: int) -> bytes:
+        if self._found != self._size:
+            raise CorruptShardError(_other_size(str(self._path), self._found, self._size))
         try:
             return os.pread(self._descriptor, past - first, first)
         except OSError as error:

@@ -163,6 +163,7 @@ class TextReader:
     def _parquet(self, path: Path) -> Iterator[Document | BadDocument]:
         parquet, arrow_error = _pyarrow()
         field = self._options.text_field
+        reached = ""
         try:
             with parquet.ParquetFile(path) as file:
                 names = file.schema_arrow.names
@@ -172,7 +173,9 @@ class TextReader:
                 stop = file.num_row_groups if self._stop is None else self._stop
                 for group in range(self._start, stop):
                     row = 0
+                    reached = f" beyond row {row} of group {group}"
                     for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
+                        reached = f" beyond row {row + batch.num_rows} of group {group}"
                         for values in _rows(batch):
                             row += 1
                             where = f"input {path}, row {row} of group {group}"
@@ -183,7 +186,7 @@ class TextReader:
                                 yield _document(values, field, self._spec, where)
                     self.position = group + 1
         except (arrow_error, OSError) as error:  # of a damaged page pyarrow says so by an OSError
-            raise InputError(f"input {path} is not a Parquet file that can be read: {error}") from error
+            raise InputError(f"input {path} is not a Parquet file that can be read{reached}: {error}") from error
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:

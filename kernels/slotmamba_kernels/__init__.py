@@ -1,4 +1,7 @@
-"""The ops of SlotMamba: each a folder with the definition, a vectorised form and one public function."""
+"""The ops of SlotMamba: each a folder with the definition, a vectorised form and one public function.
+
+Where a form is hand-written, forward-mode derivatives (`torch.func.jvp`) raise an error.
+"""
 
 from slotmamba_kernels.bdlru import bdlru
 from slotmamba_kernels.cross_entropy import linear_cross_entropy

@@ -80,10 +80,6 @@ class CheckpointStore:
         """Steps of the complete checkpoints in ascending order."""
         return self.group.on_main(self.folder.committed)
 
-    def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
-        return max(self.committed(), default=None)
-
     def clean(self) -> None:
         """Tidy up after processes that died, at the start of a run; see `CheckpointFolder.clean`."""
         self.group.on_main(self.folder.clean)

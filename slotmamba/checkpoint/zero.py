@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -157,7 +158,7 @@ def _convert(checkpoint: Path, manifest: Manifest, size: int) -> Path:
 
     target = universal_folder(checkpoint)
     logger.warning(
-        "%s was saved by %d processes, this world has %d: converting it in %s",
+        "%s was saved by a world of %d, this is one of %d: converting it in %s",
         checkpoint,
         manifest.world_size,
         size,
@@ -165,7 +166,7 @@ def _convert(checkpoint: Path, manifest: Manifest, size: int) -> Path:
     )
     shutil.rmtree(target, ignore_errors=True)
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with _without_bars(ds_to_universal):
             ds_to_universal.main(
                 argparse.Namespace(
                     input_folder=str(checkpoint / TAG),
@@ -184,12 +185,32 @@ def _convert(checkpoint: Path, manifest: Manifest, size: int) -> Path:
 
 
 @contextlib.contextmanager
+def _without_bars(converter: Any) -> Iterator[None]:
+    """Progress bars and what the converter prints would stand in the run's own output. Errors it raises."""
+    bars = converter.tqdm
+    converter.tqdm = SimpleNamespace(tqdm=iter)
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+    finally:
+        converter.tqdm = bars
+
+
+@contextlib.contextmanager
 def _reading_universal(zero: Any) -> Iterator[None]:
+    deepspeed = logging.getLogger("DeepSpeed")
     zero._config.load_universal_checkpoint = True
+    deepspeed.addFilter(_is_news)
     try:
         yield
     finally:
+        deepspeed.removeFilter(_is_news)
         zero._config.load_universal_checkpoint = False
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that there is no tensor parallelism, which every process would say."""
+    return not record.getMessage().startswith("MPU is not provided")
 
 
 @contextlib.contextmanager

@@ -109,7 +109,9 @@ class RemoteConfig(Section):
         32.0, ge=1 / 256, description="How large it may become, in GiB, 4 MiB at least; processes share it."
     )
     attempts: int = Field(10, ge=1, description="Tries of a request, with growing waits, before it is an error.")
-    timeout: float = Field(30.0, gt=0, description="Seconds without any data after which a request has failed.")
+    timeout: float = Field(
+        30.0, gt=0, le=86400, description="Seconds without any data after which a request has failed."
+    )
 
     @property
     def settings(self) -> RemoteSettings:

@@ -109,6 +109,6 @@ def _hint(node: fields.Node, value: object) -> str:
         return suggestion(value, fields.choices(node))
     if isinstance(value, float) and value.is_integer() and fields.scalar_type(node) == "integer":
         return f"; write {int(value)}"
-    if isinstance(value, int | float) and fields.scalar_type(node) == "string":
+    if isinstance(value, int | float) and fields.takes_text(node, _shown(value)):
         return f"; write '{_shown(value)}' with the quotes"
     return ""

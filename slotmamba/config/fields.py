@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -104,6 +105,12 @@ def choices(node: Node) -> list[str]:
 def scalar_type(node: Node) -> str:
     """JSON schema's name of the type: integer, number, boolean, string, array or object."""
     return str(_without_null(_resolve(node))["type"])
+
+
+def takes_text(node: Node, text: str) -> bool:
+    """Whether `text`, as a string, may be the value of the key."""
+    node = _without_null(_resolve(node))
+    return node["type"] == "string" and re.search(node.get("pattern", ""), text) is not None
 
 
 def _bounds(node: Node) -> str:

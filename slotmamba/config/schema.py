@@ -180,7 +180,9 @@ class CheckpointConfig(Section):
         description="Train on while a thread writes a copy of the state in CPU memory; not with deepspeed.",
     )
     on_error: Literal["stop", "continue"] = Field(
-        "stop", description="A checkpoint that cannot be written (disk full): stop, or warn and try again at the next."
+        "stop",
+        description="A checkpoint that cannot be written (disk full): stop, or warn and try again at the next. "
+        "`continue` also goes on without the lines of metrics.jsonl for which there is no room.",
     )
 
 
@@ -264,6 +266,11 @@ class ParallelConfig(Section):
             )
         if self.engine == "single" and self.cpu_offload:
             raise ValueError("cpu_offload needs engine=fsdp2 or deepspeed: engine=single has nothing to offload")
+        if self.engine != "deepspeed" and self.zero_stage != 1:
+            raise ValueError(
+                f"zero_stage={self.zero_stage} is for engine=deepspeed, not engine={self.engine}: "
+                "set engine=deepspeed, or leave zero_stage out"
+            )
         if self.engine == "deepspeed" and self.replicate > 1:
             raise ValueError(
                 f"ZeRO shards over all processes, replicate={self.replicate} is for engine=fsdp2 (HSDP): "

@@ -16,7 +16,7 @@ import pytest
 from slotmamba.cli import main
 from slotmamba.config import load_recipe
 from slotmamba.errors import InputError, TrainingError
-from slotmamba_data import MQARSetting, MQARSpec, build_mqar
+from slotmamba_data import MQARSetting, MQARSpec, Tokenizer, build_mqar, build_text, train_tokenizer
 
 RECIPE = """\
 name: small
@@ -55,8 +55,36 @@ def test_validate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     (folder / "data").mkdir()
     build_mqar(MQARSpec((MQARSetting(8, 2),), vocab_size=64), [3], folder / "data/text")
-    assert main(["validate", "small.yaml"]) == 0
+    assert main(["validate", "small.yaml", "data.sources.0.kind=mqar"]) == 0
     assert capsys.readouterr().out == "small: ok\n"
+
+
+def test_validate_looks_at_what_is_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Manifests and tokenizer: what training would refuse later."""
+    build_mqar(MQARSpec((MQARSetting(8, 2),), vocab_size=64, form="seq2seq"), [3], folder / "recall")
+    (folder / "a.txt").write_text("one two three\n" * 50)
+    for name, size in (("a", 275), ("b", 272)):
+        train_tokenizer([folder / "a.txt"], folder / name, vocab_size=size)
+        build_text([folder / "a.txt"], Tokenizer(folder / name), folder / f"text-{name}")
+    text, recall = "data.sources.0={name: text, shards: text-%s}", "data.sources.0={name: r, kind: %s, shards: recall}"
+    for overrides, line in [
+        ([recall % "lm"], "data.sources.0.shards: recall holds data of kind mqar, the source is of kind lm"),
+        (
+            [recall % "mqar"],
+            "data.sources.0.shards: recall holds samples of the seq2seq form, the model is one without encoder",
+        ),
+        (
+            [text % "a", "model.vocab_size=200"],
+            f"data.sources.0.shards: text-a has tokens up to {Tokenizer('a').vocab_size - 1}, model.vocab_size is 200",
+        ),
+        (
+            [text % "a", "data.tokenizer=b"],
+            "data.tokenizer, data.sources.0.shards are not of one tokenizer: build the shards with data.tokenizer",
+        ),
+    ]:
+        assert main(["validate", "small.yaml", *overrides]) == 2
+        assert capsys.readouterr().err == f"error: {line}\n"
+    assert main(["validate", "small.yaml", text % "a", "data.tokenizer=a"]) == 0
 
 
 def test_train_without_its_data_starts_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

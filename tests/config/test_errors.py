@@ -36,6 +36,19 @@ OVERRIDES = [
     ("name=3", "name: expected a name without slashes, white space and leading dot, got 3; write '3' with the quotes"),
     ("name=a/b", "name: expected a name without slashes, white space and leading dot, got 'a/b'"),
     ("run_dir=5", "run_dir: expected a path, got 5; write '5' with the quotes"),
+    *(
+        (f"{key}={value}", f"{key}: expected a duration from 1s to 365d (90s, 45m, 2h30m, 1d12h){or_null}, got {shown}")
+        for key, value, or_null, shown in [
+            ("parallel.step_timeout", "0s", "", "'0s'"),
+            ("parallel.first_step_timeout", "1000000000h", "", "'1000000000h'"),
+            ("parallel.first_step_timeout", "365d1s", "", "'365d1s'"),
+            ("slurm.signal_lead", "0h0m", "", "'0h0m'"),
+            ("train.time_limit", "5", " or null", "5"),
+            ("train.time_limit", "1.5h", " or null", "'1.5h'"),
+            ("slurm.time", "9" * 40 + "s", " or null", f"'{'9' * 40}s'"),
+        ]
+    ),
+    ("data.remote.timeout=1e300", "data.remote.timeout: expected a number more than 0 and at most 86400, got 1e+300"),
     ("extends=base.yaml", "extends: unknown key; expected one of name, seed, run_dir, model, data, "
      "optim, train, parallel, logging, slurm"),
     ("optim.lr=${optim.rate}", "optim.lr: Interpolation key 'optim.rate' not found"),

@@ -18,7 +18,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from slotmamba_data import ShardFolder, remote
+from slotmamba_data import Reading, ShardFolder, Source, open_plan, remote
 from slotmamba_data.chunk_cache import ChunkCache
 from slotmamba_data.remote import RemoteSettings
 from slotmamba_data.store import read_manifest
@@ -185,6 +185,26 @@ def test_wrong_files_on_the_server_are_named(tmp_path: Path, shards: Path, nginx
         with pytest.raises(ValueError, match=r"shard-000003\.index\.npz is not the one that was written"):
             folder.read(3, 0)
     folder.close()
+
+
+def test_a_truncated_shard_is_skipped_as_from_a_local_folder(tmp_path: Path, shards: Path, nginx: Nginx) -> None:
+    os.truncate(shards / read_manifest(shards).shards[1].name, 5000)
+    reading = Reading(on_corrupt="skip", remote=settings(tmp_path))
+    local, remote = (
+        open_plan([Source("text", shards=place)], 64, seed=0, reading=reading)
+        for place in (shards, f"{nginx.url}/shards")
+    )
+    epoch = local.describe()[0].contents.rows_per_epoch
+    assert epoch is not None
+    skipped = 0
+    for number in range(epoch):
+        mine, theirs = local[number], remote[number]
+        np.testing.assert_array_equal(mine.tokens, theirs.tokens)
+        assert (mine.documents, mine.skipped) == (theirs.documents, theirs.skipped)
+        skipped += mine.skipped
+    assert skipped == read_manifest(shards).shards[1].documents
+    local.close()
+    remote.close()
 
 
 def test_damage_in_the_cache_is_repaired(tmp_path: Path, shards: Path, nginx: Nginx) -> None:

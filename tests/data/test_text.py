@@ -165,9 +165,19 @@ def test_lines_and_rows_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     assert (one.text, three.text) == ("one", "three")
     assert isinstance(two, BadDocument) and "some.parquet, row 2 of group 0: not UTF-8" in two.message
 
-    parquet.write_table(pyarrow.table({"text": ["a text that is long enough"] * 500}), path, compression="snappy")
+
+def test_a_damaged_page_is_named_by_the_row_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "some.parquet"
+    texts = [f"{number:04} {'x' * 20}" for number in range(5000)]
+    pages = {"use_dictionary": False, "data_page_size": 20_000, "row_group_size": 4000}
+    parquet.write_table(pyarrow.table({"text": texts}), path, compression="snappy", **pages)
+    column = parquet.read_metadata(path).row_group(0).column(0)
     content = bytearray(path.read_bytes())
-    content[30:60] = bytes(30)
+    place = column.data_page_offset + column.total_compressed_size * 3500 // 4000
+    content[place : place + 200] = bytes(200)
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"some\.parquet is not a Parquet file that can be read"):
-        list(TextReader(str(path), TextOptions()))
+    read: list[object] = []
+    message = r"some\.parquet is not a Parquet file that can be read beyond row 3072 of group 0: "
+    with pytest.raises(InputError, match=message):
+        read.extend(TextReader(str(path), TextOptions()))
+    assert len(read) == 3072

@@ -54,7 +54,7 @@ def spread(kills: int, steps: int, generator: random.Random) -> list[tuple[int, 
 def kill_at_a_random_moment(job: Job, after: int, hit: str, generator: random.Random) -> None:
     """Kill one rank or all once a step is done, and one more than ever before: then, in the next save, or when its
     folder gets its name; or when they have just started, whatever is done."""
-    # Whoever waits for one that dies before it has joined waits ten minutes, if no launcher ends it.
+    # Whoever waits for one that dies before it has joined waits five minutes, if no launcher ends it.
     one = hit != "start" and generator.random() < 0.5
     victims = [generator.choice(job.ranks)] if one else job.ranks
     folder, after = job.run_dir / "checkpoints", max(after, job.steps() + 1)

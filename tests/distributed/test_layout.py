@@ -51,6 +51,10 @@ def test_another_number_of_processes(folder: Path, overrides: list[str], size: i
     [
         ([*SINGLE, "parallel.shard=2"], r"single is one process, not replicate \* shard = 2: set engine=fsdp2"),
         ([*SINGLE, "parallel.cpu_offload=true"], "cpu_offload needs engine=fsdp2 or deepspeed"),
+        ([*SINGLE, "parallel.zero_stage=2"], "zero_stage=2 is for engine=deepspeed, not engine=single: set"),
+        ([*fsdp2(2), "parallel.zero_stage=3"], "zero_stage=3 is for engine=deepspeed, not engine=fsdp2: set"),
+        ([*SINGLE, "parallel.replicate=2"], r"single is one process, not replicate \* shard = 2"),
+        ([*zero(1, 2), "train.checkpoint.async=true"], "train.checkpoint.async needs parallel.engine single or fsdp2"),
         ([*zero(3, 2), "parallel.replicate=2"], r"replicate=2 is for engine=fsdp2 \(HSDP\): set replicate=1 shard=4"),
         ([*zero(1, 1), "parallel.zero_stage=4"], "zero_stage.*from 1 to 3"),
         (["parallel.engine=fsdp"], "did you mean fsdp2"),

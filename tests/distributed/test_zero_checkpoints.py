@@ -65,7 +65,7 @@ def start(world: World, folder: Path, settings: list[str]) -> tuple[Values, list
     """Weights restored from a seed checkpoint, and the first losses."""
     run = Run(world, folder, settings)
     found = run.store.load_latest(run.engine.contents())
-    assert found == (0, {})
+    assert found == (0, {"seed": 11})
     return values(run.engine), run.advance(3)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from slotmamba.errors import TrainingError
 from slotmamba.metrics import read_metrics
 from slotmamba.train import train
-from slotmamba_data import Tokenizer
+from slotmamba_data import PlanReader, Row, Tokenizer
 from tests.train.runs import Runs
 
 
@@ -30,6 +33,23 @@ def test_tokens_are_those_of_the_rows_read(runs: Runs, tmp_path: Path) -> None:
     assert train(runs.recipe(tmp_path, "train.steps=3", f"train.global_batch_tokens={2 * batch}")) == 0
     tokens = [record["tokens"] for record in read_metrics(tmp_path / "metrics.jsonl") if record["kind"] == "train"]
     assert tokens == [batch, 2 * batch, 4 * batch]
+
+
+def test_a_batch_without_labels_is_named_by_its_rows(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, because steps of another size came before."""
+    first = runs.recipe(tmp_path, "train.steps=3")
+    assert train(first) == 0
+    original = PlanReader.next_batch
+
+    def without_labels(reader: PlanReader, *arguments: int) -> list[Row]:
+        return [replace(row, labels=np.full_like(row.labels, -100)) for row in original(reader, *arguments)]
+
+    monkeypatch.setattr(PlanReader, "next_batch", without_labels)
+    batch = 2 * first.train.global_batch_tokens
+    with pytest.raises(TrainingError, match=r"^rows 12 to 19, those of one step: no position has a label$"):
+        train(runs.recipe(tmp_path, "train.steps=4", f"train.global_batch_tokens={batch}"))
 
 
 def test_the_run_keeps_its_tokenizer(runs: Runs, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from slotmamba.batch import plan_source
 from slotmamba.cli import main
+from slotmamba.config import load_recipe
 from slotmamba.metrics import read_metrics
 from slotmamba.train import train
 from slotmamba_data import open_plan
@@ -121,18 +122,39 @@ def test_metrics_that_are_torn_at_the_end_are_mended(runs: Runs, finished: Path,
     assert_same_run(run_dir, finished)
 
 
-def test_metrics_that_are_damaged_in_the_middle_stop_the_run(
-    runs: Runs, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_damaged_lines_of_metrics_are_set_aside(
+    runs: Runs, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_dir = stopped_after(finished, 9, tmp_path / "run")
     path = run_dir / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    lines[3] = b"\0" * 8 + b"\n"
-    path.write_bytes(b"".join(lines))
-    before = contents(run_dir / "checkpoints") | {"metrics": (0, path.read_bytes())}
-    assert main(runs.command(run_dir, *SETTINGS)) == 2
-    assert capsys.readouterr().err.startswith(f"error: {path}, line 4: expected a JSON object")
-    assert contents(run_dir / "checkpoints") | {"metrics": (0, path.read_bytes())} == before
+    garbage = [b"\0" * 8 + b"\n", b"{}\n"]
+    path.write_bytes(b"".join([*lines[:3], garbage[0], *lines[3:5], garbage[1], *lines[5:]]))
+    train(runs.recipe(run_dir, *SETTINGS))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning == (
+        f"{path}, line 4: expected a JSON object, found {garbage[0][:-1]!r}; moved to {path}.damaged with 1 more such "
+        "lines"
+    )
+    assert (run_dir / "metrics.jsonl.damaged").read_bytes() == b"".join(garbage)
+    assert_same_run(run_dir, finished)
+
+
+@pytest.mark.parametrize("content", ["", "stesp: 3\n", "\0"])
+def test_a_recipe_that_cannot_be_read_is_set_aside(
+    runs: Runs, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    run_dir = stopped_after(finished, 9, tmp_path / "run")
+    path = run_dir / "recipe.yaml"
+    path.write_text(content)
+    recipe = runs.recipe(run_dir, *SETTINGS)
+    train(recipe)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"{path}: ")
+    assert warning.endswith(f"; moved to {path}.damaged and written anew, its changes are not known")
+    assert path.with_name("recipe.yaml.damaged").read_text() == content
+    assert load_recipe(path) == recipe
+    assert_same_run(run_dir, finished)
 
 
 def test_records_are_whole_lines_of_json(finished: Path) -> None:

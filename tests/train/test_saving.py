@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +14,13 @@ import torch
 
 from slotmamba.cli import main
 from slotmamba.evaluate.validation import Validation
-from slotmamba.global_step import GlobalStep
+from slotmamba.global_step import GlobalStep, StepResult
+from slotmamba.run_folder import locked
 from slotmamba.train import train
+from slotmamba.world import World
+from slotmamba_data import PlanReader
 from tests.disks import mounted_disk
-from tests.train.runs import Runs, assert_same_run, assert_same_tensors, committed, fails, succeeds, tensors
+from tests.train.runs import Runs, assert_same_run, assert_same_tensors, committed, fails, records, succeeds, tensors
 
 pytestmark = [pytest.mark.usefixtures("without_plots"), pytest.mark.timeout(300)]
 
@@ -105,6 +109,42 @@ def test_a_disk_that_is_full(
     assert_same_tensors(mine, theirs)
 
 
+def test_a_disk_that_is_full_for_a_while(
+    runs: Runs, tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole run folder: records of the meantime are lost, with one warning at either end."""
+    filler, step = small_disk / "filler", GlobalStep.__call__
+
+    def fill_meanwhile(self: GlobalStep, reader: PlanReader, lr: float) -> StepResult:
+        done = reader.samples_consumed // self.recipe.rows_per_step
+        if done == 10:
+            fill(filler)
+        if done == 30:
+            filler.unlink()
+        return step(self, reader, lr)
+
+    monkeypatch.setattr(GlobalStep, "__call__", fill_meanwhile)
+    settings = ["train.steps=32", "train.checkpoint.every=8", "train.checkpoint.on_error=continue"]
+    run_dir = small_disk / "run"
+    succeeds(runs.command(run_dir, *settings, "train.eval_every=100"))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "metrics.jsonl" in line]
+    steps = [record["step"] for record in records(run_dir, "train")]
+    missing = sorted(set(range(1, 33)) - set(steps))
+    assert missing and missing == list(range(missing[0], 31)) and missing[0] > 10
+    assert warnings == [
+        f"cannot write {run_dir}/metrics.jsonl: No space left on device; training goes on, and records are lost until "
+        "there is room",
+        f"{run_dir}/metrics.jsonl is written again; {len(missing)} records of the meantime are lost",
+    ]
+    assert committed(run_dir) == [8, 32]
+
+
+def fill(filler: Path) -> None:
+    with filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while True:
+            stream.write(bytes(4096))
+
+
 def test_a_run_from_a_seed_checkpoint(
     runs: Runs, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,5 +155,27 @@ def test_a_run_from_a_seed_checkpoint(
         fails(capsys, seed, 2)
         == f"{tmp_path}/checkpoints has checkpoints already: a run starts from the newest of them"
     )
+    other = fails(capsys, runs.command(tmp_path, *EVERY_STEP, "seed=7"), 2)
+    assert other == (
+        f"{tmp_path}/checkpoints/step-00000000 holds the initial weights of seed=0, and the recipe has seed=7: "
+        "set seed=0, or write it anew in another run_dir"
+    )
     succeeds(runs.command(tmp_path, *EVERY_STEP))
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_seed_checkpoint_where_a_run_trains(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*runs.command(tmp_path), "--seed-checkpoint"]
+    with locked(tmp_path, World.alone(torch.device("cpu"))):
+        assert fails(capsys, command, 2).startswith(f"another process is training in {tmp_path}: ")
+        assert committed(tmp_path) == []
+    succeeds(command)
+    assert committed(tmp_path) == [0]
+
+
+def test_a_seed_checkpoint_is_not_written_in_a_dry_run(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*runs.command(tmp_path / "run"), "--seed-checkpoint", "--dry-run"]
+    assert "argument --dry-run: not allowed with argument --seed-checkpoint" in fails(capsys, command, 2)
+    assert not (tmp_path / "run").exists()

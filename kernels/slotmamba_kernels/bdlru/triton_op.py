@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slotmamba_kernels.bdlru.triton_kernels import LANES, compose_chunks, scan_chunks, scan_chunks_backward
+from slotmamba_kernels.custom_op import custom_op
 
 # By block size: programs, of 32 rows each, from which one walk is faster than two that share the tokens among chunks.
 # Small blocks have little to read twice, and walk alone only where chunks would be as long as half the sequence.
@@ -40,7 +41,7 @@ def bdlru_triton(v: Tensor, gates: Tensor, state: Tensor, doc_start: Tensor | No
     return bdlru_forward(v, gates, state, doc_start)
 
 
-@torch.library.custom_op("slotmamba::bdlru", mutates_args=())
+@custom_op("slotmamba::bdlru")
 def bdlru_forward(v: Tensor, gates: Tensor, state: Tensor, doc_start: Tensor | None) -> tuple[Tensor, Tensor]:
     """h [B, T, D] in v's dtype and the leaving state [B, D] float32."""
     v, gates, state = v.contiguous(), gates.contiguous(), state.contiguous()
@@ -59,7 +60,7 @@ def bdlru_forward(v: Tensor, gates: Tensor, state: Tensor, doc_start: Tensor | N
     return h, leaving
 
 
-@torch.library.custom_op("slotmamba::bdlru_backward", mutates_args=())
+@custom_op("slotmamba::bdlru_backward")
 def bdlru_backward(
     grad_h: Tensor, grad_leaving: Tensor, v: Tensor, gates: Tensor, state: Tensor, doc_start: Tensor | None, h: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

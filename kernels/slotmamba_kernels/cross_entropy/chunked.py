@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slotmamba_kernels.cross_entropy import vectorized
+from slotmamba_kernels.custom_op import custom_op
 from slotmamba_kernels.dtypes import state_dtype
 
 CPU_BLOCK, GPU_BLOCK = 2**22, 2**26
@@ -36,7 +37,7 @@ def _kernels(backend: str) -> RowKernels:
     return vectorized
 
 
-@torch.library.custom_op("slotmamba::linear_cross_entropy", mutates_args=())
+@custom_op("slotmamba::linear_cross_entropy")
 def linear_cross_entropy_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +56,7 @@ def _(
     return _outputs(hidden)
 
 
-@torch.library.custom_op("slotmamba::linear_cross_entropy_backward", mutates_args=())
+@custom_op("slotmamba::linear_cross_entropy_backward")
 def linear_cross_entropy_backward_op(
     hidden: Tensor,
     weight: Tensor,

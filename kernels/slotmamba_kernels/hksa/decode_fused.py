@@ -6,13 +6,14 @@ import torch
 import triton
 from torch import Tensor
 
+from slotmamba_kernels.custom_op import custom_op
 from slotmamba_kernels.hksa.decode_kernels import step_kernel
 
 # Numbers a thread can hold while it finds addresses on its own. Registers are plenty: programs are few in decoding.
 PRIVATE_NUMBERS = 200
 
 
-@torch.library.custom_op("slotmamba::hksa_step", mutates_args=("s_k", "s_v", "z", "surprised"))
+@custom_op("slotmamba::hksa_step", mutates_args=("s_k", "s_v", "z", "surprised"))
 def hksa_step_fused(
     q: Tensor,
     k: Tensor,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slotmamba_kernels.custom_op import custom_op
 from slotmamba_kernels.hksa.arguments import Inject, Surprise
 from slotmamba_kernels.hksa.arrays import Gradients, Inputs, Stretch, Table
 from slotmamba_kernels.hksa.carry import Memory, carried, carried_back, leaving_rows, leaving_slots
@@ -66,7 +67,7 @@ def hksa_triton(
     return o, SlotState(S_k, S_v, z, score)
 
 
-@torch.library.custom_op("slotmamba::hksa_forward", mutates_args=())
+@custom_op("slotmamba::hksa_forward")
 def hksa_forward(
     q: Tensor,
     k: Tensor,
@@ -125,7 +126,7 @@ def hksa_forward(
     return [o, *_memory_tensors(memory, q), *saved]
 
 
-@torch.library.custom_op("slotmamba::hksa_backward", mutates_args=())
+@custom_op("slotmamba::hksa_backward")
 def hksa_backward(
     d_o: Tensor,
     d_S_k: Tensor | None,

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from slotmamba_kernels.custom_op import custom_op
 from slotmamba_kernels.kronecker.triton_kernels import topk_backward, topk_forward
 
 CHUNK = 64  # entries of a factor that the backward kernel compares with the kept slots' digits at a time
@@ -32,7 +33,7 @@ def launch_for(values: int) -> Launch:
     return Launch(rows=max(32 // threads, 1), warps=min(max(threads // 32, 1), 16))
 
 
-@torch.library.custom_op("slotmamba::kronecker_topk", mutates_args=())
+@custom_op("slotmamba::kronecker_topk")
 def kronecker_topk_fused(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """logits [..., U, p], contiguous -> weights float32 and indices int32, both [..., k].
 
@@ -52,7 +53,7 @@ def kronecker_topk_fused(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return weights, indices
 
 
-@torch.library.custom_op("slotmamba::kronecker_topk_backward", mutates_args=())
+@custom_op("slotmamba::kronecker_topk_backward")
 def kronecker_topk_backward(logits: Tensor, weights: Tensor, indices: Tensor, d_weights: Tensor) -> Tensor:
     """Gradient of the logits [..., U, p], in their dtype, from that of the weights [..., k]; all contiguous."""
     d_logits = torch.empty_like(logits)

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from slotmamba_kernels.custom_op import custom_op
 from slotmamba_kernels.hksa.slot_lists import rows_of, trimmed, united
 from slotmamba_kernels.hksa.state import SlotState, SparseSlotState
 from slotmamba_kernels.threading.triton_kernels import mix_backward, mix_forward
@@ -30,7 +31,7 @@ def thread_fused(own: SlotState, below: SlotState, bias: Tensor, slope: Tensor) 
     return SparseSlotState(S_k, S_v, z, surprise, slots=slots, slots_in_all=num_slots)
 
 
-@torch.library.custom_op("slotmamba::thread_slots", mutates_args=())
+@custom_op("slotmamba::thread_slots")
 def thread_slots_op(
     own_k: Tensor,
     own_v: Tensor,
@@ -56,7 +57,7 @@ def thread_slots_op(
     return out
 
 
-@torch.library.custom_op("slotmamba::thread_slots_backward", mutates_args=())
+@custom_op("slotmamba::thread_slots_backward")
 def thread_slots_backward(
     d_k: Tensor,
     d_v: Tensor,

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from slotmamba_kernels.custom_op import custom_op
 from slotmamba_kernels.hksa.arguments import Surprise
 from slotmamba_kernels.hksa.arrays import Gradients, Inputs, Stretch, Table
 from slotmamba_kernels.hksa.event_plan import EventPlan, make_event_plan
@@ -61,7 +62,7 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
-@torch.library.custom_op("slotmamba::hksa_threaded", mutates_args=())
+@custom_op("slotmamba::hksa_threaded")
 def threaded_op(
     q: Tensor,
     k: Tensor,
@@ -118,7 +119,7 @@ def threaded_op(
     return [o, *state_tensors(ends), *plan.tensors(), *state_tensors(begun), *vars(table).values()]
 
 
-@torch.library.custom_op("slotmamba::hksa_threaded_backward", mutates_args=())
+@custom_op("slotmamba::hksa_threaded_backward")
 def threaded_backward_op(
     d_o: Tensor,
     d_end_k: Tensor | None,
