@@ -211,11 +211,17 @@ def _submit(args: argparse.Namespace) -> int:
     clusters = [text.removeprefix("cluster=") for text in args.overrides if text.startswith("cluster=")]
     args.overrides = [text for text in args.overrides if not text.startswith("cluster=")]
     cluster = clusters[-1] if clusters else "slurm"
-    recipe = _load_recipe(args)
     from slotmamba_slurm.submit import CLUSTERS, preview, submit
 
     if cluster not in CLUSTERS:
         raise UsageError(f"cluster={cluster}: expected {', '.join(CLUSTERS)}{suggestion(cluster, CLUSTERS)}")
+    from slotmamba_slurm.fill import fill_nodes
+
+    fill = None if cluster == "debug" else fill_nodes(args.recipe, args.overrides)
+    if fill is not None:
+        args.overrides += fill.overrides
+        print(fill)
+    recipe = _load_recipe(args)
     if args.dry_run:
         from slotmamba.estimate import report
 

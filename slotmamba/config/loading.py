@@ -43,6 +43,24 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: one line for each thing that is wrong with the recipe or the overrides.
     """
+    content, layers, origin = _resolved(recipe, overrides)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise explain(error, layers, origin) from None
+
+
+def recipe_content(recipe: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """What `load_recipe` validates: every key of a recipe in nested dictionaries, whatever its value.
+
+    Raises:
+        RecipeError: the files or the overrides cannot be read.
+    """
+    return _resolved(recipe, overrides)[0]
+
+
+def _resolved(recipe: str | Path, overrides: Sequence[str]) -> tuple[Any, list[Layer], str]:
+    """The merged content, where it comes from, and the name of the recipe's own file."""
     path = _find(str(recipe), Path(), asked_by="")
     origin = _shown_path(path)
     layers = _read_chain(path)
@@ -52,15 +70,11 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         layers.append(_apply(override, config))
     try:
-        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True), layers, origin
     except OmegaConfBaseException as error:
         assert error.full_key, "a value can only be wrong at a key"
         location = _location(error.full_key)
         raise RecipeError(f"{origin_of(location, layers, origin)}: {dotted(location)}: {_first_line(error)}") from None
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise explain(error, layers, origin) from None
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:

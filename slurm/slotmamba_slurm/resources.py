@@ -6,16 +6,18 @@ from typing import Any
 
 from slotmamba.config import Recipe
 from slotmamba.config.duration import seconds
+from slotmamba.config.schema import ParallelConfig
+from slotmamba.config.slurm import SlurmConfig
 from slotmamba.errors import InputError
 
 
-def processes_per_node(recipe: Recipe) -> int:
-    """Processes of `parallel` on each node.
+def processes_per_node(parallel: ParallelConfig, slurm: SlurmConfig) -> int:
+    """Processes on each node of a job.
 
     Raises:
         InputError: they do not spread evenly over the nodes, or are not as many as the GPUs.
     """
-    size, nodes, gpus = recipe.parallel.size, recipe.slurm.nodes, recipe.slurm.gpus_per_node
+    size, nodes, gpus = parallel.size, slurm.nodes, slurm.gpus_per_node
     have = f"parallel.replicate * parallel.shard = {size}"
     if gpus and size != nodes * gpus:
         raise InputError(
@@ -47,7 +49,7 @@ def slurm_parameters(recipe: Recipe) -> dict[str, Any]:
         "account": slurm.account,
         "time": minutes,
         "nodes": slurm.nodes,
-        "ntasks_per_node": processes_per_node(recipe),
+        "ntasks_per_node": processes_per_node(recipe.parallel, slurm),
         "gpus_per_node": slurm.gpus_per_node or None,
         "cpus_per_task": slurm.cpus_per_task,
         "mem": None if slurm.memory_gb is None else f"{slurm.memory_gb}G",
@@ -72,7 +74,7 @@ def local_parameters(recipe: Recipe) -> dict[str, Any]:
     limit = {} if slurm.time is None else {"timeout_min": seconds(slurm.time) / 60}
     return {
         "nodes": 1,
-        "tasks_per_node": processes_per_node(recipe),
+        "tasks_per_node": processes_per_node(recipe.parallel, slurm),
         "gpus_per_node": slurm.gpus_per_node,
         "timeout_min": 60 * 24 * 365,
         "signal_delay_s": seconds(slurm.signal_lead),

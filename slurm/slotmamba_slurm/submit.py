@@ -136,7 +136,7 @@ def _run_debug(recipe: Recipe, train: Train, git: dict[str, Any] | None) -> int:
 
 
 def _check_debug(recipe: Recipe) -> None:
-    processes_per_node(recipe)
+    processes_per_node(recipe.parallel, recipe.slurm)
     if recipe.parallel.size > 1:
         raise InputError(f"cluster=debug is one process, the recipe asks for {recipe.parallel.size}: set cluster=local")
 

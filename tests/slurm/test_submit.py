@@ -161,7 +161,10 @@ def test_dry_run_with_gpus(cluster: SlurmCluster, tmp_path: Path, capsys: pytest
         (["slurm.partition=big"], "the cluster refuses the job: invalid partition specified: big"),
         (["slurm.nodes=4", "parallel.shard=4", "train.global_batch_tokens=512"], "the cluster refuses the job: "),
         (["slurm.nodes=3"], "slurm.nodes=3: parallel.replicate * parallel.shard = 2 processes do not spread evenly"),
-        (["slurm.gpus_per_node=2", "slurm.nodes=2"], "slurm.nodes * slurm.gpus_per_node = 2 * 2 = 4 GPUs, but "),
+        (
+            ["slurm.gpus_per_node=2", "slurm.nodes=2", "parallel.replicate=1"],
+            "slurm.nodes * slurm.gpus_per_node = 2 * 2 = 4 GPUs, but ",
+        ),
         (["slurm.time=1m"], "slurm.signal_lead=2m is not less than slurm.time=1m"),
         (["cluster=locl"], "cluster=locl: expected slurm, local, debug; did you mean local?"),
         (["cluster=local", "slurm.nodes=2"], "slurm.nodes=2: cluster=local is this machine alone: set slurm.nodes=1"),
