@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from pathlib import Path
 
 from submitit.local.local import LocalExecutor
@@ -20,14 +19,15 @@ class _OwnTasks:
 
     code: Path
     folder: Path
+    python: str  # quoted for a shell
 
     @property
     def _submitit_command_str(self) -> str:
         # Before Python starts, so that the task is the submitted code too. env: without a shell there are no
         # assignments.
         path = os.pathsep.join([str(self.code), *filter(None, [os.environ.get("PYTHONPATH")])])
-        task = [sys.executable, "-u", "-m", "slotmamba_slurm.task", str(self.folder)]
-        return shlex.join(["env", f"PYTHONPATH={path}", *task])
+        task = shlex.join(["-u", "-m", "slotmamba_slurm.task", str(self.folder)])
+        return f"{shlex.join(['env', f'PYTHONPATH={path}'])} {self.python} {task}"
 
 
 class SlurmTasks(_OwnTasks, SlurmExecutor):

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 from abc import abstractmethod
 from pathlib import Path
@@ -14,8 +15,11 @@ from submitit.core.job_environment import JobEnvironment
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, LocalJobEnvironment
 from submitit.slurm.slurm import SlurmJobEnvironment
 
+from slotmamba_slurm.job import TrainJob
+
 FIRST_PORT, PORTS = 20_000, 10_000
 SCONTROL_SECONDS = 60
+REQUEUE_FILE = "SLOTMAMBA_REQUEUE_FILE"  # names a file by which a task asks its batch script to queue the job again
 
 
 class Place(JobEnvironment):
@@ -39,14 +43,23 @@ class Place(JobEnvironment):
         """Jobs that share a host have different numbers, and so, nearly always, different ports."""
         return FIRST_PORT + int(self.raw_job_id) % PORTS
 
-    def variables(self, cpus: int) -> dict[str, str]:
-        """What `slotmamba train` needs to know beside its recipe."""
+    def command(self, job: TrainJob) -> list[str]:
+        """What the task runs."""
+        python = [sys.executable, "-u"]
+        if job.torchrun is None:
+            return [*python, *job.training]
+        where = [f"--nnodes={self.num_tasks}", f"--node-rank={self.global_rank}", f"--nproc-per-node={job.torchrun}"]
+        where += ["--rdzv-backend=static", f"--master-addr={self.main_host}", f"--master-port={self.main_port}"]
+        return [*python, "-m", "slotmamba_slurm.torchrun", *where, *job.training]
+
+    def variables(self, job: TrainJob) -> dict[str, str]:
+        """What `slotmamba train` needs to know beside its recipe, and torchrun does not tell it."""
         # Triton's cache is for local disks: processes on several hosts that share one fail each other's builds.
         cache = Path(tempfile.gettempdir()) / f"slotmamba-{os.getuid()}" / f"triton-{self.job_id}-{self.local_rank}"
         found = {"TRITON_CACHE_DIR": str(cache)}
         if "OMP_NUM_THREADS" not in os.environ:
-            found["OMP_NUM_THREADS"] = str(cpus)
-        if self.num_tasks > 1:
+            found["OMP_NUM_THREADS"] = str(job.cpus)
+        if self.num_tasks > 1 and job.torchrun is None:
             found |= {
                 "RANK": str(self.global_rank),
                 "WORLD_SIZE": str(self.num_tasks),
@@ -67,6 +80,8 @@ class SlurmPlace(Place, SlurmJobEnvironment):
     def end_stopped(self, requeue: bool) -> int:
         if self.global_rank != 0:
             return 0
+        if REQUEUE_FILE in os.environ:
+            return self._leave_to_the_batch_script(requeue)
         state = self._state()
         if state != "RUNNING":  # Slurm is about to queue it again, or it was cancelled
             print(f"job {self.job_id} is {state}: Slurm decides what becomes of it", flush=True)
@@ -75,6 +90,13 @@ class SlurmPlace(Place, SlurmJobEnvironment):
             print(f"job {self.job_id} is queued again", flush=True)
         else:
             print(f"job {self.job_id} is not queued again (slurm.requeue=false); submit it again to resume", flush=True)
+        return 0
+
+    def _leave_to_the_batch_script(self, requeue: bool) -> int:
+        """In a container there is no scontrol."""
+        if requeue:
+            Path(os.environ[REQUEUE_FILE]).touch()
+        print(f"job {self.job_id} is left to its batch script", flush=True)
         return 0
 
     def _state(self) -> str:

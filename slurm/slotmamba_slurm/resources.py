@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from typing import Any
 
 from slotmamba.config import Recipe
@@ -9,6 +11,8 @@ from slotmamba.config.duration import seconds
 from slotmamba.config.schema import ParallelConfig
 from slotmamba.config.slurm import SlurmConfig
 from slotmamba.errors import InputError
+from slotmamba_slurm.containers import PYTHON, BatchRequeue, batch_requeue, container_options
+from slotmamba_slurm.submission import job_folder
 
 
 def processes_per_node(parallel: ParallelConfig, slurm: SlurmConfig) -> int:
@@ -42,6 +46,10 @@ def slurm_parameters(recipe: Recipe) -> dict[str, Any]:
     minutes = None if slurm.time is None else -(-seconds(slurm.time) // 60)
     if minutes is not None and seconds(slurm.signal_lead) >= minutes * 60:
         raise InputError(f"slurm.signal_lead={slurm.signal_lead} is not less than slurm.time={slurm.time}")
+    on_each = processes_per_node(recipe.parallel, slurm)
+    tasks = on_each if slurm.launcher == "tasks" else 1
+    cpus = slurm.cpus_per_task * on_each // tasks
+    requeue = batch_requeue(job_folder(recipe)) if slurm.container else BatchRequeue([], [])
     parameters = {
         "job_name": recipe.name,
         "partition": slurm.partition,
@@ -49,17 +57,30 @@ def slurm_parameters(recipe: Recipe) -> dict[str, Any]:
         "account": slurm.account,
         "time": minutes,
         "nodes": slurm.nodes,
-        "ntasks_per_node": processes_per_node(recipe.parallel, slurm),
-        "gpus_per_node": slurm.gpus_per_node or None,
-        "cpus_per_task": slurm.cpus_per_task,
+        "ntasks_per_node": tasks,
+        "gpus_per_node": f"{slurm.gpu}:{slurm.gpus_per_node}" if slurm.gpu else slurm.gpus_per_node or None,
+        "cpus_per_task": cpus,
         "mem": None if slurm.memory_gb is None else f"{slurm.memory_gb}G",
         "signal_delay_s": seconds(slurm.signal_lead),
         "wckey": None,  # submitit would set one of its own, which a cluster may not know
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue" if slurm.requeue else "no-requeue": True},
-        "srun_args": [f"--cpus-per-task={slurm.cpus_per_task}"],  # which srun does not take over from the job
+        "setup": [*requeue.before, *slurm.setup],
+        "teardown": requeue.after or None,
+        # srun does not take the number of CPUs over from the job.
+        "srun_args": [f"--cpus-per-task={cpus}", *container_options(slurm, recipe.run_path)],
     }
     return {name: value for name, value in parameters.items() if value is not None or name == "wckey"}
+
+
+def torchrun_processes(recipe: Recipe) -> int | None:
+    """Processes that torchrun starts on each node; None where Slurm starts them all."""
+    return processes_per_node(recipe.parallel, recipe.slurm) if recipe.slurm.launcher == "torchrun" else None
+
+
+def task_python(slurm: SlurmConfig) -> str:
+    """The Python of the tasks of a Slurm job, for a shell."""
+    return shlex.quote(slurm.python or (PYTHON if slurm.container else sys.executable))
 
 
 def local_parameters(recipe: Recipe) -> dict[str, Any]:

@@ -19,7 +19,13 @@ from slotmamba.config import Recipe, recipe_yaml
 from slotmamba.errors import InputError, one_line
 from slotmamba_slurm.executors import LocalTasks, SlurmTasks
 from slotmamba_slurm.job import TrainJob
-from slotmamba_slurm.resources import local_parameters, processes_per_node, slurm_parameters
+from slotmamba_slurm.resources import (
+    local_parameters,
+    processes_per_node,
+    slurm_parameters,
+    task_python,
+    torchrun_processes,
+)
 from slotmamba_slurm.submission import Submission, job_folder, write_submission
 
 CLUSTERS = ("slurm", "local", "debug")
@@ -88,9 +94,9 @@ def checked(script: str) -> str:
 def _slurm_executor(recipe: Recipe, submission: Submission) -> SlurmTasks:
     if shutil.which("srun") is None:
         raise InputError("there is no srun on PATH: submit from a node of the cluster, or set cluster=local")
-    executor = SlurmTasks(job_folder(recipe))
+    executor = SlurmTasks(job_folder(recipe), python=task_python(recipe.slurm))
     executor.code = submission.code
-    executor.update_parameters(**slurm_parameters(recipe), setup=list(recipe.slurm.setup))
+    executor.update_parameters(**slurm_parameters(recipe))
     return executor
 
 
@@ -98,7 +104,7 @@ def _submit_to_slurm(recipe: Recipe, git: dict[str, Any] | None) -> int:
     checked(_slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN")).script())
     submission = write_submission(recipe, git)
     try:
-        job = _slurm_executor(recipe, submission).submit(_job(recipe, submission))
+        job = _slurm_executor(recipe, submission).submit(_job(recipe, submission, torchrun_processes(recipe)))
     except FailedJobError as error:
         raise InputError(f"sbatch has failed: {one_line(error)}") from None
     nodes, size = recipe.slurm.nodes, recipe.parallel.size
@@ -141,8 +147,9 @@ def _check_debug(recipe: Recipe) -> None:
         raise InputError(f"cluster=debug is one process, the recipe asks for {recipe.parallel.size}: set cluster=local")
 
 
-def _job(recipe: Recipe, submission: Submission) -> TrainJob:
-    return TrainJob(submission.recipe, recipe.slurm.cpus_per_task, recipe.slurm.requeue)
+def _job(recipe: Recipe, submission: Submission, torchrun: int | None = None) -> TrainJob:
+    slurm = recipe.slurm
+    return TrainJob(submission.recipe, slurm.cpus_per_task, slurm.requeue, torchrun)
 
 
 def _count(number: int, noun: str, plural: str = "s") -> str:

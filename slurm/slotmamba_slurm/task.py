@@ -57,7 +57,7 @@ def main(folder: str) -> int:
     try:
         job = _load(place.paths.submitted_pickle)
         print(f"{place}: rendezvous at {place.rendezvous}", flush=True)
-        code = child.run(job.command(), env=os.environ | place.variables(job.cpus))
+        code = child.run(place.command(job), env=os.environ | place.variables(job))
         if child.stopped_by is not None:
             # Also when it failed: ranks that were stopped while they started fail those that were not. What fails for
             # a reason of its own fails the next time without having been stopped.
