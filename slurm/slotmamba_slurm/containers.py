@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
-from typing import NamedTuple
 
 from slotmamba.config.slurm import SlurmConfig
-from slotmamba_slurm.places import REQUEUE_FILE
+from slotmamba_slurm import door
 
 PYTHON = "python3"  # of an image
-
-
-class BatchRequeue(NamedTuple):
-    """Lines of a batch script before and after its srun."""
-
-    before: list[str]
-    after: list[str]
 
 
 def container_options(slurm: SlurmConfig, run_path: Path) -> list[str]:
@@ -35,19 +29,10 @@ def container_options(slurm: SlurmConfig, run_path: Path) -> list[str]:
     ]
 
 
-def batch_requeue(jobs: Path) -> BatchRequeue:
-    """Has the batch script, which runs outside the container, queue the job again when a task asks for it with a file:
-    Slurm's commands are not in images. A job that Slurm is about to queue again itself is not RUNNING any more."""
-    return BatchRequeue(
-        before=[
-            f'export {REQUEUE_FILE}="{jobs}/${{SLURM_JOB_ID}}_requeue"',
-            f'rm -f "${REQUEUE_FILE}"',
-        ],
-        after=[
-            "code=$?",
-            f'if [ -e "${REQUEUE_FILE}" ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then',
-            '    scontrol requeue "$SLURM_JOB_ID"',
-            "fi",
-            'exit "$code"',
-        ],
-    )
+def open_door(jobs: Path, code: Path) -> list[str]:
+    """Lines of a batch script that runs outside of the container what the tasks in it cannot: Slurm's commands."""
+    serve = f"PYTHONPATH={shlex.quote(str(code))} {shlex.quote(sys.executable)} -m {door.__name__}"
+    return [
+        f"export {door.VARIABLE}={shlex.quote(str(jobs))}/${{SLURM_JOB_ID}}_door",
+        f'{serve} "${door.VARIABLE}" &',
+    ]

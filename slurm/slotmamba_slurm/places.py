@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 from abc import abstractmethod
@@ -15,11 +13,11 @@ from submitit.core.job_environment import JobEnvironment
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, LocalJobEnvironment
 from submitit.slurm.slurm import SlurmJobEnvironment
 
+from slotmamba_slurm.door import run_slurm
 from slotmamba_slurm.job import TrainJob
 
 FIRST_PORT, PORTS = 20_000, 10_000
 SCONTROL_SECONDS = 60
-REQUEUE_FILE = "SLOTMAMBA_REQUEUE_FILE"  # names a file by which a task asks its batch script to queue the job again
 
 
 class Place(JobEnvironment):
@@ -80,8 +78,6 @@ class SlurmPlace(Place, SlurmJobEnvironment):
     def end_stopped(self, requeue: bool) -> int:
         if self.global_rank != 0:
             return 0
-        if REQUEUE_FILE in os.environ:
-            return self._leave_to_the_batch_script(requeue)
         state = self._state()
         if state != "RUNNING":  # Slurm is about to queue it again, or it was cancelled
             print(f"job {self.job_id} is {state}: Slurm decides what becomes of it", flush=True)
@@ -92,13 +88,6 @@ class SlurmPlace(Place, SlurmJobEnvironment):
             print(f"job {self.job_id} is not queued again (slurm.requeue=false); submit it again to resume", flush=True)
         return 0
 
-    def _leave_to_the_batch_script(self, requeue: bool) -> int:
-        """In a container there is no scontrol."""
-        if requeue:
-            Path(os.environ[REQUEUE_FILE]).touch()
-        print(f"job {self.job_id} is left to its batch script", flush=True)
-        return 0
-
     def _state(self) -> str:
         found = re.search(r"JobState=(\S+)", self._scontrol("show", "job"))
         assert found
@@ -106,13 +95,7 @@ class SlurmPlace(Place, SlurmJobEnvironment):
 
     def _scontrol(self, *command: str) -> str:
         """Runs a command of scontrol on this job."""
-        done = subprocess.run(
-            ["scontrol", *command, self.job_id],
-            capture_output=True,
-            text=True,
-            timeout=SCONTROL_SECONDS,
-            preexec_fn=_outlive_the_step,
-        )
+        done = run_slurm(["scontrol", *command, self.job_id], {}, timeout=SCONTROL_SECONDS)
         if done.returncode:
             raise RuntimeError(f"scontrol {' '.join(command)} {self.job_id}: {done.stderr.strip()}")
         return done.stdout
@@ -126,8 +109,3 @@ class LocalPlace(Place, LocalJobEnvironment):
     def end_stopped(self, requeue: bool) -> int:
         """The exit code tells submitit's controller to start all tasks again, which it does five times."""
         return LOCAL_REQUEUE_RETURN_CODE if requeue else 0
-
-
-def _outlive_the_step() -> None:
-    """The SIGTERM that a requeue sends to every process of the step would end the scontrol that asked for it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from slotmamba.config import Recipe
@@ -11,7 +12,7 @@ from slotmamba.config.duration import seconds
 from slotmamba.config.schema import ParallelConfig
 from slotmamba.config.slurm import SlurmConfig
 from slotmamba.errors import InputError
-from slotmamba_slurm.containers import PYTHON, BatchRequeue, batch_requeue, container_options
+from slotmamba_slurm.containers import PYTHON, container_options, open_door
 from slotmamba_slurm.submission import job_folder
 
 
@@ -36,8 +37,12 @@ def processes_per_node(parallel: ParallelConfig, slurm: SlurmConfig) -> int:
     return size // nodes
 
 
-def slurm_parameters(recipe: Recipe) -> dict[str, Any]:
+def slurm_parameters(recipe: Recipe, code: Path) -> dict[str, Any]:
     """The parameters of submitit's SlurmExecutor.
+
+    Args:
+        recipe: what is to run.
+        code: the folder of the packages that it runs.
 
     Raises:
         InputError: as `processes_per_node`, or the job would be told to save before it starts.
@@ -49,7 +54,6 @@ def slurm_parameters(recipe: Recipe) -> dict[str, Any]:
     on_each = processes_per_node(recipe.parallel, slurm)
     tasks = on_each if slurm.launcher == "tasks" else 1
     cpus = slurm.cpus_per_task * on_each // tasks
-    requeue = batch_requeue(job_folder(recipe)) if slurm.container else BatchRequeue([], [])
     parameters = {
         "job_name": recipe.name,
         "partition": slurm.partition,
@@ -65,8 +69,7 @@ def slurm_parameters(recipe: Recipe) -> dict[str, Any]:
         "wckey": None,  # submitit would set one of its own, which a cluster may not know
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue" if slurm.requeue else "no-requeue": True},
-        "setup": [*requeue.before, *slurm.setup],
-        "teardown": requeue.after or None,
+        "setup": [*(open_door(job_folder(recipe), code) if slurm.container else []), *slurm.setup],
         # srun does not take the number of CPUs over from the job.
         "srun_args": [f"--cpus-per-task={cpus}", *container_options(slurm, recipe.run_path)],
     }

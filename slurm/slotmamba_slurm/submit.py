@@ -96,7 +96,7 @@ def _slurm_executor(recipe: Recipe, submission: Submission) -> SlurmTasks:
         raise InputError("there is no srun on PATH: submit from a node of the cluster, or set cluster=local")
     executor = SlurmTasks(job_folder(recipe), python=task_python(recipe.slurm))
     executor.code = submission.code
-    executor.update_parameters(**slurm_parameters(recipe))
+    executor.update_parameters(**slurm_parameters(recipe, submission.code))
     return executor
 
 
