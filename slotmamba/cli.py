@@ -224,8 +224,10 @@ def _submit(args: argparse.Namespace) -> int:
     recipe = _load_recipe(args)
     if args.dry_run:
         from slotmamba.estimate import report
+        from slotmamba.estimate.gpus import gpu_line
 
-        print(preview(recipe, cluster, report(recipe)), end="")
+        costs = "\n\n".join(filter(None, [report(recipe), gpu_line(recipe)]))
+        print(preview(recipe, cluster, costs), end="")
         return DONE
     from slotmamba.environment import git_state
 
