@@ -74,8 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_evaluate(commands)
     add_data_commands(commands, _planned)
-    doctor = commands.add_parser("doctor", help="what is installed, which backends work, what is missing")
-    doctor.set_defaults(handler=_doctor)
+    _add_doctor(commands)
     return parser
 
 
@@ -100,6 +99,18 @@ def _add_submit(commands: Commands) -> None:
         "cluster=local, beside the keys of the recipe, runs the same on this machine, and cluster=debug in this "
         "process; cluster=slurm is the default."
     )
+
+
+def _add_doctor(commands: Commands) -> None:
+    parser = commands.add_parser("doctor", help="what is installed, which backends work, what is missing")
+    parser.add_argument("--slurm", action="store_true", help="what the cluster allows, tried with a short job")
+    parser.add_argument(
+        "overrides",
+        metavar="slurm.KEY=value",
+        nargs="*",
+        help="with --slurm: what the job asks for, such as slurm.partition=gpu slurm.gpus_per_node=8",
+    )
+    parser.set_defaults(handler=_doctor)
 
 
 def _recipe_key_help() -> str:
@@ -264,9 +275,18 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from slotmamba.doctor import run
+    from slotmamba import doctor
 
-    return run()
+    if not args.slurm:
+        if args.overrides:
+            raise UsageError(f"unknown arguments: {' '.join(args.overrides)}")
+        return doctor.run()
+    from slotmamba.config import load_recipe
+
+    recipe = load_recipe("mqar-tiny", args.overrides)  # any one: its section slurm is asked for
+    from slotmamba_slurm.doctor import diagnose
+
+    return doctor.print_findings(diagnose(recipe.slurm))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

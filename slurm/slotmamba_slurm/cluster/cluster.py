@@ -152,6 +152,12 @@ class SlurmCluster:
         self._wait(f"job {number} to be {' or '.join(states)}", reached, seconds)
         return found
 
+    def process(self, name: str) -> int:
+        """The first process in the namespaces of a node."""
+        unshare = self._daemons[name].pid
+        (child,) = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()
+        return int(child)
+
     def _start_munged(self) -> None:
         run, socket = self.folder / "run", self.folder / "run" / "munge.sock"
         files = [f"--key-file={self.folder}/etc/munge.key", f"--socket={socket}", f"--pid-file={run}/munged.pid"]
