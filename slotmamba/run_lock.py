@@ -1,4 +1,4 @@
-"""The lock of a run folder, RUN_DIR/.lock: whoever trains there holds it, and the kernel lets go of it with the process."""
+"""The lock of a run folder, RUN_DIR/.lock: whoever trains there holds it, and it goes with the process."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ class _RankLog(logging.StreamHandler[TextIO]):
 
 @contextmanager
 def rank_log(logs: Path, world: World) -> Iterator[None]:
-    """Keeps RUN_DIR/logs/rank-00000.log: what is logged, Python's warnings, how the process ends, with the traceback of an
-    exception.
+    """Keeps RUN_DIR/logs/rank-00000.log: what is logged, Python's warnings, and how the process ends, with the
+    traceback of an exception.
 
     Rank 0 shows warnings on the terminal too. Whatever other ranks write to standard output or standard error, native
     libraries included, goes to their log instead, from here to the end of the process.
