@@ -13,11 +13,12 @@ from pathlib import Path
 @dataclass(frozen=True)
 class TrainJob:
     """recipe: the file of the submission; cpus: cores of each task; requeue: whether a job that was stopped is to be
-    queued again."""
+    queued again; sweep: the folder of the sweep of which the job is a cell, if it is one."""
 
     recipe: Path
     cpus: int
     requeue: bool
+    sweep: Path | None = None
 
     def command(self) -> list[str]:
         return [sys.executable, "-u", "-m", "slotmamba.cli", "train", str(self.recipe)]
