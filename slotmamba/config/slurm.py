@@ -25,6 +25,12 @@ class SlurmConfig(Section):
     requeue: bool = Field(
         True, description="Queue a job again that was preempted, ran into `time` or lost a node; it resumes."
     )
+    array_parallelism: int | None = Field(
+        None,
+        ge=1,
+        description="Cells of a `sweep` that run at the same time; null: as many as there is room for, with "
+        "cluster=local one.",
+    )
     setup: list[str] = Field(
         [], description="Lines of shell before the processes start, such as `module load cuda`; not for cluster=local."
     )

@@ -15,11 +15,12 @@ from slotmamba_slurm.stop import stop_file
 @dataclass(frozen=True)
 class TrainJob:
     """recipe: the file of the submission; cpus: cores of each task; requeue: whether a job that was stopped is to be
-    queued again."""
+    queued again; sweep: the folder of the sweep of which the job is a cell, if it is one."""
 
     recipe: Path
     cpus: int
     requeue: bool
+    sweep: Path | None = None
 
     @property
     def stop_file(self) -> Path:

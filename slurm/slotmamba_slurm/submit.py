@@ -57,13 +57,13 @@ def preview(recipe: Recipe, cluster: str, estimate: str) -> str:
     """
     parts = [recipe_yaml(recipe)]
     if cluster == "slurm":
-        executor = _slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN"))
+        executor = slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN"))
         parts += [executor.script(), estimate, checked(executor.script())]
     else:
         count = 1 if cluster == "debug" else local_parameters(recipe)["tasks_per_node"]
         if cluster == "debug":
             _check_debug(recipe)
-        parts += [estimate, f"cluster={cluster}: {_count(count, 'process', 'es')} on this machine"]
+        parts += [estimate, f"cluster={cluster}: {count_of(count, 'process', 'es')} on this machine"]
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
@@ -79,13 +79,13 @@ def checked(script: str) -> str:
         file.write(script)
         file.flush()
         done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, timeout=120)
-    said = one_line(done.stderr.replace("sbatch: ", "").replace("error: ", ""))
+    answer = one_line(done.stderr.replace("sbatch: ", "").replace("error: ", ""))
     if done.returncode:
-        raise InputError(f"the cluster refuses the job: {said.removeprefix('allocation failure: ')}")
-    return said
+        raise InputError(f"the cluster refuses the job: {answer.removeprefix('allocation failure: ')}")
+    return answer
 
 
-def _slurm_executor(recipe: Recipe, submission: Submission) -> SlurmTasks:
+def slurm_executor(recipe: Recipe, submission: Submission) -> SlurmTasks:
     if shutil.which("srun") is None:
         raise InputError("there is no srun on PATH: submit from a node of the cluster, or set cluster=local")
     executor = SlurmTasks(job_folder(recipe))
@@ -95,14 +95,14 @@ def _slurm_executor(recipe: Recipe, submission: Submission) -> SlurmTasks:
 
 
 def _submit_to_slurm(recipe: Recipe, git: dict[str, Any] | None) -> int:
-    checked(_slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN")).script())
+    checked(slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN")).script())
     submission = write_submission(recipe, git)
     try:
-        job = _slurm_executor(recipe, submission).submit(_job(recipe, submission))
+        job = slurm_executor(recipe, submission).submit(_job(recipe, submission))
     except FailedJobError as error:
         raise InputError(f"sbatch has failed: {one_line(error)}") from None
     nodes, size = recipe.slurm.nodes, recipe.parallel.size
-    print(f"{recipe.name}: job {job.job_id} on {_count(nodes, 'node')}: {_count(size, 'process', 'es')}")
+    print(f"{recipe.name}: job {job.job_id} on {count_of(nodes, 'node')}: {count_of(size, 'process', 'es')}")
     print(f"  run folder  {recipe.run_path}")
     print(f"  output      {job.paths.stdout}")
     return 0
@@ -114,19 +114,24 @@ def _run_local(recipe: Recipe, git: dict[str, Any] | None) -> int:
     executor = LocalTasks(job_folder(recipe))
     executor.code = submission.code
     executor.update_parameters(**parameters)
-    with _sigint_ignored():
+    with sigint_ignored():
         job = executor.submit(_job(recipe, submission))
-    processes = _count(recipe.parallel.size, "process", "es")
+    processes = count_of(recipe.parallel.size, "process", "es")
     print(f"{recipe.name}: job {job.job_id} on this machine: {processes}", flush=True)
     print(f"  run folder  {recipe.run_path}")
     print(f"  output      {job.paths.stdout}", flush=True)
     _wait(job)
     if job.exception() is None:
         return 0
-    said = job.paths.stdout.read_text(errors="replace").splitlines()
-    for line in [line for line in said if line.startswith("error: ")] or said[-1:]:
+    for line in said(job):
         print(line, file=sys.stderr)
     return 1
+
+
+def said(job: Job[None]) -> list[str]:
+    """Why a job of this machine failed: the lines of its output that say so, or the last one."""
+    lines = job.paths.stdout.read_text(errors="replace").splitlines()
+    return [line for line in lines if line.startswith("error: ")] or lines[-1:]
 
 
 def _run_debug(recipe: Recipe, train: Train, git: dict[str, Any] | None) -> int:
@@ -145,12 +150,12 @@ def _job(recipe: Recipe, submission: Submission) -> TrainJob:
     return TrainJob(submission.recipe, recipe.slurm.cpus_per_task, recipe.slurm.requeue)
 
 
-def _count(number: int, noun: str, plural: str = "s") -> str:
+def count_of(number: int, noun: str, plural: str = "s") -> str:
     return f"{number} {noun}{plural if number > 1 else ''}"
 
 
 @contextmanager
-def _sigint_ignored() -> Iterator[None]:
+def sigint_ignored() -> Iterator[None]:
     """For what is started inside: Ctrl-C is for the training processes, which take it themselves and save; submitit's
     controller would kill them a second later."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -20,6 +20,7 @@ from submitit.core.utils import DelayedSubmission, cloudpickle_dump, temporary_s
 
 from slotmamba_slurm.job import TrainJob
 from slotmamba_slurm.places import LocalPlace, Place, SlurmPlace
+from slotmamba_slurm.sweep_hook import write_sweep_results
 
 PICKLE_SECONDS = 60.0  # in which submitit moves the pickle to where the job's number says, once it knows the number
 STOPS = (signal.SIGUSR2, signal.SIGTERM)
@@ -54,6 +55,8 @@ def main(folder: str) -> int:
     child = Child()  # first of all: a signal that comes before it ends the task
     os.environ["SUBMITIT_FOLDER"] = folder  # where submitit's paths are
     place = _place()
+    job = None
+    place.paths.result_pickle.unlink(missing_ok=True)  # of the time before, where a job is queued again by hand
     try:
         job = _load(place.paths.submitted_pickle)
         if job.stop_file.exists():  # `slotmamba runs stop` came before the training processes did
@@ -72,8 +75,10 @@ def main(folder: str) -> int:
     except Exception:
         _write_result(place.paths.result_pickle, ("error", traceback.format_exc()))
         traceback.print_exc()
-        return 1
-    return 0
+        code = 1
+    if job is not None and job.sweep is not None and place.global_rank == 0:
+        write_sweep_results(job.sweep)
+    return code
 
 
 def _place() -> Place:
