@@ -1,6 +1,6 @@
 """The lines that all processes of a run wrote, in the order of time, and those that are still to come.
 
-There are two files for each rank. RUN_DIR/logs/rank-00000.log has times; what a job's task printed,
+There are two kinds of files for each rank. RUN_DIR/logs/rank-00000.log has times; what a job's task printed,
 RUN_DIR/slurm/JOB_0_log.out, has none, but repeats lines of the first, which tell when the others between them came.
 """
 
@@ -10,7 +10,7 @@ import heapq
 import re
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ POLL_SECONDS = 0.3
 QUESTION_SECONDS = 3.0
 _TIMED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) [A-Z]+ [\w.]+: (.*)")
 _RANK_LOG = re.compile(r"rank-(\d{5,})\.log")
-_OUTPUT = re.compile(r"\d+(?:_\d+)?_(\d+)_log\.(?:out|err)")
+_OUTPUT = re.compile(r"(\d+(?:_\d+)?)_(\d+)_log\.(?:out|err)")
 
 Timed = tuple[str, int, str]
 """Time as the log has it, rank, line."""
@@ -51,11 +51,16 @@ class _Tail:
 
 @dataclass
 class RunLogs:
-    """The logs of a run; each call of `new` returns what was written since the one before."""
+    """The logs of a run; each call of `new` returns what was written since the one before.
+
+    jobs: the folder of the outputs of its jobs; cell: of these jobs only, where the folder is that of a sweep; rank: of
+    this rank only.
+    """
 
     run_dir: Path
+    jobs: Path
+    cell: Sequence[str] | None = None
     rank: int | None = None
-    """Of this rank only."""
     _logs: dict[Path, _Tail] = field(default_factory=dict)
     _outputs: dict[Path, _Tail] = field(default_factory=dict)
     _times: dict[tuple[int, str], deque[str]] = field(default_factory=lambda: defaultdict(deque))
@@ -69,19 +74,21 @@ class RunLogs:
         Raises:
             OSError: a file cannot be read.
         """
-        self._find(self._logs, self.run_dir / "logs", _RANK_LOG)
-        self._find(self._outputs, self.run_dir / "slurm", _OUTPUT)
+        self._find_new()
         # First what was written last: a process logs a line before it prints it.
         printed = {path: list(tail.lines(last)) for path, tail in self._outputs.items()}
         streams = [self._logged(tail, last) for tail in self._logs.values()]
         streams += [self._printed(self._outputs[path], lines) for path, lines in printed.items()]
         return list(heapq.merge(*streams, key=lambda timed: timed[0]))
 
-    def _find(self, tails: dict[Path, _Tail], folder: Path, name: re.Pattern[str]) -> None:
-        for path in sorted(folder.glob("*")):
-            found = name.fullmatch(path.name)
-            if found and path not in tails and self.rank in (None, int(found[1])):
-                tails[path] = _Tail(path, int(found[1]))
+    def _find_new(self) -> None:
+        for path in sorted((self.run_dir / "logs").glob("rank-*.log")):
+            if (found := _RANK_LOG.fullmatch(path.name)) and self.rank in (None, int(found[1])):
+                self._logs.setdefault(path, _Tail(path, int(found[1])))
+        for path in sorted(self.jobs.glob("*_log.*")):
+            found = _OUTPUT.fullmatch(path.name)
+            if found and (self.cell is None or found[1] in self.cell) and self.rank in (None, int(found[2])):
+                self._outputs.setdefault(path, _Tail(path, int(found[2])))
 
     def _logged(self, tail: _Tail, last: bool) -> list[Timed]:
         """Lines of a log; those without a time, as of a traceback, have that of the line before."""

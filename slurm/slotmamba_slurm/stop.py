@@ -56,10 +56,9 @@ def cancel(ids: Sequence[str]) -> None:
         _run(["scancel", *ids])
 
 
-def live_controllers(run_dir: Path, numbers: Sequence[int]) -> list[int]:
-    """Of process numbers, those of controllers of cluster=local that run on this host for `run_dir`."""
-    folder = str((run_dir / "slurm").absolute()).encode()
-    return [number for number in numbers if _is_controller(number, folder)]
+def live_controllers(folder: Path, numbers: Sequence[int]) -> list[int]:
+    """Of process numbers, those of controllers of cluster=local that run on this host for jobs in `folder`."""
+    return [number for number in numbers if _is_controller(number, str(folder.absolute()).encode())]
 
 
 def _is_controller(number: int, folder: bytes) -> bool:
