@@ -142,13 +142,22 @@ class Stopping:
         jobs_stop.keep_from_starting_again(self.jobs.recipes, [job.id for job in self.alive.jobs])
 
     def ask(self) -> None:
-        """Ends what waits and has what runs save; asking again changes nothing."""
+        """Ends what waits and has what runs save. Those that save need no telling, and that signals were for them is
+        not known any more when they have saved: it would kill them."""
         jobs_stop.cancel([job.id for job in self.alive.jobs if job.waits])
+        if self._saves():
+            return
         jobs_stop.tell_to_save([job.id for job in self.alive.jobs if job.runs])
         if self.alive.controllers:
             self._tell_controllers()
         elif self.alive.process:
             _send(self.alive.process, signal.SIGTERM)
+
+    def _saves(self) -> bool:
+        """Whether it does, or has."""
+        run = open_run(self.path)
+        ended = len(run.starts) > self._starts - self._trained and run.starts[-1].end is not None
+        return ended or any(beat.rank == 0 and beat.phase == "saving" for beat in run.beats)
 
     def cancel(self) -> None:
         """Ends all of it, without a checkpoint."""

@@ -102,17 +102,19 @@ class RunLogs:
 
     def _printed(self, tail: _Tail, lines: list[str]) -> list[Timed]:
         """Lines of an output that are not in the log."""
-        found = []
+        known: list[tuple[str, str | None]] = []  # time, and the line where it is to be shown
         for line in lines:
-            times = self._times.get((tail.rank, line))
-            if times:
-                tail.time = max(tail.time, times.popleft())
-            elif line.strip():
-                found.append((tail.time, tail.rank, line))
+            in_log = self._times.get((tail.rank, line))
+            if in_log:
+                tail.time = max(tail.time, in_log.popleft())
+                known.append((tail.time, None))
+                continue
+            if found := _TIMED.match(line):
+                tail.time = max(tail.time, found[1])
+            known.append((tail.time, line if line.strip() else None))
         # Those before the first whose time is known: that of the first, or else of the last write.
-        first = tail.time or _as_logged(tail.path.stat().st_mtime)
-        first = min((time for time, _, _ in found if time), default=first)
-        return [(time or first, rank, line) for time, rank, line in found]
+        first = next((time for time, _ in known if time), None) or _as_logged(tail.path.stat().st_mtime)
+        return [(time or first, tail.rank, line) for time, line in known if line is not None]
 
 
 def _as_logged(seconds: float) -> str:

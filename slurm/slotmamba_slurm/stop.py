@@ -74,4 +74,4 @@ def _run(command: Sequence[str]) -> None:
     """Runs a command of Slurm's; that a job has ended meanwhile is no failure."""
     _, problem = answer(command)
     if problem is not None and not any(words in problem for words in _OVER):
-        raise InputError(f"{' '.join(command)}: {problem}")
+        raise InputError(f"{' '.join(command)}: {problem.removeprefix(f'{command[0]}: ')}")
