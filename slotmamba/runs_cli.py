@@ -178,14 +178,14 @@ def _logs(args: argparse.Namespace) -> int:
         print(line)
     if args.follow:
         with suppress(KeyboardInterrupt):
-            follow(logs, partial(_is_over, path), partial(print, flush=True))
+            follow(logs, partial(_is_over, path, set()), partial(print, flush=True))
     elif not so_far:
         _note(f"{args.run}: nothing is logged{'' if args.rank is None else f' by rank {args.rank}'}")
     return DONE
 
 
-def _is_over(path: Path) -> bool:
-    """Whether a run has ended and no job of it waits or starts."""
+def _is_over(path: Path, noted: set[str]) -> bool:
+    """Whether a run has ended and no job of it waits or starts; `noted`: problems that were said already."""
     from slotmamba.runs.status import UNDER_WAY, status
     from slotmamba.runs_jobs import last_jobs, open_run
 
@@ -193,7 +193,8 @@ def _is_over(path: Path) -> bool:
     if run.locked:
         return False
     jobs = last_jobs([run])
-    _note_all(jobs.problems)
+    _note_all([problem for problem in jobs.problems if problem not in noted])
+    noted.update(jobs.problems)
     return status("", run, jobs.jobs.get(path)).state not in UNDER_WAY
 
 

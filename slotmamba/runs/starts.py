@@ -109,4 +109,8 @@ def _as_one(logged: Start, job: Start) -> Start:
     end = job.end or logged.end
     if job.end and logged.end and job.end.kind == logged.end.kind == FAILED:
         end = End(FAILED, f"{job.end.reason}: {logged.end.reason}")
+    if (
+        job.end and logged.end and (job.end.kind, logged.end.kind) == (FINISHED, STOPPED)
+    ):  # by Ctrl-C, say: not the task
+        end = logged.end
     return replace(logged, nodes=job.nodes, end=end, job=job.job)
