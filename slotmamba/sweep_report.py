@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import io
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,10 @@ from slotmamba.tables import table
 
 LAST_LINES = 8
 PLOT_WIDTH = 40
+TASK_ERROR = re.compile(
+    r"^Traceback \(most recent call last\):\n(?: .*\n)+RuntimeError: slotmamba train ended with exit code \d+$",
+    re.MULTILINE,
+)
 
 
 def sweep_report(results: SweepResults) -> str:
@@ -66,9 +71,9 @@ def _dots(results: SweepResults) -> str:
 
 def _failure(cell: CellResult) -> str:
     assert cell.output is not None
-    lines = cell.output.read_text(errors="replace").splitlines() if cell.output.is_file() else ["there is no output"]
-    if lines and "slotmamba train ended with exit code" in lines[-1]:  # what the task adds says no more
-        lines = lines[: max(number for number, line in enumerate(lines) if line.startswith("Traceback "))]
+    text = cell.output.read_text(errors="replace") if cell.output.is_file() else "there is no output"
+    # What the task and srun add says no more than that it has failed.
+    lines = [line for line in TASK_ERROR.sub("", text).rstrip().splitlines() if not line.startswith("srun: ")]
     head = f"{cell.cell.name} failed after step {cell.step}: job {cell.cell.job}, {cell.output}"
     return "\n".join([head, *(f"    {line}" for line in lines[-LAST_LINES:])])
 

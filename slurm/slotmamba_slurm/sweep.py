@@ -43,8 +43,9 @@ class SubmittedSweep:
         known = {cell.name: cell for cell in before}
         queue = jobs.queued_jobs() if self.record.in_slurm else {}
         self.finished = [cell for cell in sweep.cells if finished(cell.recipe)]
-        self.queued = [cell for cell in sweep.cells if cell.name in known and _is_queued(known[cell.name], queue)]
-        self.left = [cell for cell in sweep.cells if cell not in self.finished and cell not in self.queued]
+        others = [cell for cell in sweep.cells if cell not in self.finished]
+        self.queued = [cell for cell in others if cell.name in known and _is_queued(known[cell.name], queue)]
+        self.left = [cell for cell in others if cell not in self.queued]
 
     @property
     def recipe(self) -> Recipe:
@@ -120,15 +121,15 @@ def preview_sweep(sweep: Sweep, cluster: str, finished: Callable[[Recipe], bool]
     _check_cluster(cluster)
     submitted = SubmittedSweep(sweep, finished)
     parts = [recipe_yaml(sweep.recipe)]
-    cells = [submitted.describe(), *(f"  {cell.name}" for cell in submitted.left)]
+    cells = "\n".join([submitted.describe(), *(f"  {cell.name}" for cell in submitted.left)])
     if cluster == "local":
         processes = count_of(local_parameters(submitted.recipe)["tasks_per_node"], "process", "es")
-        parts += [estimate, *cells, f"cluster=local: {_at_a_time(submitted)} on this machine, {processes} each"]
+        parts += [estimate, cells, f"cluster=local: {_at_a_time(submitted)} on this machine, {processes} each"]
     elif submitted.left:
         script = _array_script(submitted, Submission(job_folder(submitted.recipe) / "submission-NNN"))
-        parts += [script, estimate, *cells, checked(script)]
+        parts += [script, estimate, cells, checked(script)]
     else:
-        parts += [estimate, *cells]
+        parts += [estimate, cells]
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
