@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from slotmamba.errors import InputError, suggestion
 from slotmamba.outcome import DONE, FAILURE, outcome
+from slotmamba.runs_cli import add_runs_commands
 from slotmamba_data.cli import add_data_commands
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_submit(commands)
     _add_generate(commands)
     _add_evaluate(commands)
+    add_runs_commands(commands)
     add_data_commands(commands, _planned)
     doctor = commands.add_parser("doctor", help="what is installed, which backends work, what is missing")
     doctor.set_defaults(handler=_doctor)

@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from slotmamba_slurm.stop import stop_file
+
 
 @dataclass(frozen=True)
 class TrainJob:
@@ -19,6 +21,11 @@ class TrainJob:
     cpus: int
     requeue: bool
     sweep: Path | None = None
+
+    @property
+    def stop_file(self) -> Path:
+        """Where it is, the job does not start again: `slotmamba runs stop` writes it."""
+        return stop_file(self.recipe)
 
     def command(self) -> list[str]:
         return [sys.executable, "-u", "-m", "slotmamba.cli", "train", str(self.recipe)]

@@ -67,20 +67,16 @@ class SlurmPlace(Place, SlurmJobEnvironment):
     def end_stopped(self, requeue: bool) -> int:
         if self.global_rank != 0:
             return 0
-        state = self._state()
+        job = self._scontrol("show", "job")
+        state = _value(job, "JobState")
         if state != "RUNNING":  # Slurm is about to queue it again, or it was cancelled
             print(f"job {self.job_id} is {state}: Slurm decides what becomes of it", flush=True)
-        elif requeue:
+        elif requeue and _value(job, "Requeue") == "1":
             self._scontrol("requeue")
             print(f"job {self.job_id} is queued again", flush=True)
         else:
-            print(f"job {self.job_id} is not queued again (slurm.requeue=false); submit it again to resume", flush=True)
+            print(f"job {self.job_id} is not queued again, as was asked; submit it again to resume", flush=True)
         return 0
-
-    def _state(self) -> str:
-        found = re.search(r"JobState=(\S+)", self._scontrol("show", "job"))
-        assert found
-        return found[1]
 
     def _scontrol(self, *command: str) -> str:
         """Runs a command of scontrol on this job."""
@@ -104,6 +100,13 @@ class LocalPlace(Place, LocalJobEnvironment):
     def end_stopped(self, requeue: bool) -> int:
         """The exit code tells submitit's controller to start all tasks again, which it does five times."""
         return LOCAL_REQUEUE_RETURN_CODE if requeue else 0
+
+
+def _value(job: str, name: str) -> str:
+    """A value in what `scontrol show job` says."""
+    found = re.search(rf"\b{name}=(\S+)", job)
+    assert found, job
+    return found[1]
 
 
 def _outlive_the_step() -> None:

@@ -59,13 +59,16 @@ def main(folder: str) -> int:
     place.paths.result_pickle.unlink(missing_ok=True)  # of the time before, where a job is queued again by hand
     try:
         job = _load(place.paths.submitted_pickle)
+        if job.stop_file.exists():  # `slotmamba runs stop` came before the training processes did
+            print(f"{job.stop_file} is there: nothing is trained", flush=True)
+            return 0
         print(f"{place}: rendezvous at {place.rendezvous}", flush=True)
         code = child.run(job.command(), env=os.environ | place.variables(job.cpus))
         if child.stopped_by is not None:
             # Also when it failed: ranks that were stopped while they started fail those that were not. What fails for
             # a reason of its own fails the next time without having been stopped.
             print(f"stopped by {child.stopped_by}, training ended with exit code {code}", flush=True)
-            return place.end_stopped(job.requeue)
+            return place.end_stopped(job.requeue and not job.stop_file.exists())
         if code:
             raise RuntimeError(f"slotmamba train ended with exit code {code}")
         _write_result(place.paths.result_pickle, ("success", code))
