@@ -117,21 +117,28 @@ def _statuses(folder: str | None) -> list[Status]:
 
 
 def last_jobs(folders: Sequence[RunFolder]) -> dict[Path, Job]:
-    """For each run that Slurm knows jobs of: the one that is under way, or waits, or else was the last."""
+    """For each run that has known jobs, of Slurm or of this machine: the one that is under way, or waits, or else was the last."""
     from slotmamba.runs.status import Job
     from slotmamba_slurm.queue import ask_sacct, ask_squeue
-    from slotmamba_slurm.run_jobs import run_jobs
+    from slotmamba_slurm.run_jobs import local_state, run_jobs
 
-    ids = {run.path: run_jobs(run.path).slurm for run in folders}
+    found = {run.path: run_jobs(run.path) for run in folders}
+    ids = {path: run.slurm for path, run in found.items()}
     queue = ask_squeue([each for run in ids.values() for each in run])
     forgotten = [run[-1] for run in ids.values() if run and not any(each in queue.jobs for each in run)]
     accounts = ask_sacct(forgotten)
     for problem in [*queue.problems, *accounts.problems]:
         _note(f"{problem}: what is said of jobs is from the run folders alone")
-    found = queue.jobs | accounts.jobs
+    answers = queue.jobs | accounts.jobs
     jobs = {}
+    for path, own_jobs in found.items():
+        state = local_state(path, own_jobs.local[-1]) if own_jobs.local else None
+        if state is not None:
+            jobs[path] = Job(str(own_jobs.local[-1]), state)
     for path, own in ids.items():
-        known = [Job(each.id, each.state, each.reason, each.nodes, each.began) for id in own if (each := found.get(id))]
+        known = [
+            Job(each.id, each.state, each.reason, each.nodes, each.began) for id in own if (each := answers.get(id))
+        ]
         if known:
             jobs[path] = max(known, key=lambda job: (job.runs, job.waits, own.index(job.id)))
     return jobs
@@ -139,11 +146,14 @@ def last_jobs(folders: Sequence[RunFolder]) -> dict[Path, Job]:
 
 def _show(args: argparse.Namespace) -> int:
     from slotmamba.plots import plot_records
-    from slotmamba.runs.folder import RunFolder, find_run
+    from slotmamba.runs.folder import RunFolder, find_run, find_sweep
     from slotmamba.runs.listing import broken_lines
     from slotmamba.runs.show import curves, facts, starts_table
     from slotmamba.runs.status import RUNNING, status
 
+    sweep = find_sweep(args.run)
+    if sweep is not None:
+        return _show_sweep(sweep)
     run = RunFolder(find_run(args.run))
     found = status(args.run, run, last_jobs([run]).get(run.path))
     parts = [facts(found, run)]
@@ -159,6 +169,18 @@ def _show(args: argparse.Namespace) -> int:
         _note(f"no PNG files: {_said(error)}")
         return DONE
     print("".join(f"\n  {path}" for path in plots))
+    return DONE
+
+
+def _show_sweep(folder: Path) -> int:
+    from slotmamba.sweep_report import sweep_report, write_results
+    from slotmamba.sweep_results import sweep_results
+
+    try:
+        print(write_results(folder), end="")
+    except OSError as error:
+        print(sweep_report(sweep_results(folder)), end="", flush=True)
+        _note(f"no files of it: {_said(error)}")
     return DONE
 
 

@@ -16,6 +16,7 @@ from slotmamba import run_lock
 from slotmamba.checkpoint.manifest import claimed_steps
 from slotmamba.config.duration import seconds
 from slotmamba.config.schema import ParallelConfig, TrainConfig
+from slotmamba.config.sweep_file import is_sweep
 from slotmamba.errors import InputError, suggestion
 from slotmamba.faults.heartbeat import Beat, read_beats
 from slotmamba.metrics import readable_metrics
@@ -34,11 +35,14 @@ def find_runs(folder: Path, unreadable: Callable[[OSError], object]) -> Iterator
         run = is_run(path)
         if run:
             yield path
-        folders[:] = sorted(name for name in folders if not (name.startswith(".") or (run and name in OWN_FOLDERS)))
+        own = OWN_FOLDERS if run or is_sweep(path) else ()
+        folders[:] = sorted(name for name in folders if not (name.startswith(".") or name in own))
 
 
 def is_run(path: Path) -> bool:
-    """Whether something has trained in a folder, or been submitted to."""
+    """Whether something has trained in a folder, or been submitted to; a sweep is none, its cells are."""
+    if is_sweep(path):
+        return False
     return any((path / name).exists() for name in (run_lock.NAME, "metrics.jsonl")) or bool(_submissions(path))
 
 
@@ -51,10 +55,17 @@ def find_run(name: str) -> Path:
     for path in (Path(name), DEFAULT_FOLDER / name):
         if path.is_dir() and is_run(path):
             return path
+    if find_sweep(name) is not None:
+        raise InputError(f"{name} is a sweep: name one of its cells, a folder in it")
     if Path(name).is_dir():
         raise InputError(f"{name}: nothing has trained in this folder, and no job was submitted for it")
     names = [str(path.relative_to(DEFAULT_FOLDER)) for path in find_runs(DEFAULT_FOLDER, lambda error: None)]
     raise InputError(f"{name}: no such run, neither as a path nor below {DEFAULT_FOLDER}/{suggestion(name, names)}")
+
+
+def find_sweep(name: str) -> Path | None:
+    """The folder of a sweep that is named like a run, if there is one."""
+    return next((path for path in (Path(name), DEFAULT_FOLDER / name) if is_sweep(path)), None)
 
 
 def _submissions(path: Path) -> list[Path]:

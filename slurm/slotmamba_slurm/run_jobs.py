@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
+
+from slotmamba_slurm.stop import live_controllers
 
 _SCRIPT, _PICKLE = "_submission.sh", "_submitted.pkl"
 
@@ -16,6 +19,14 @@ class RunJobs:
     slurm: list[str]
     local: list[int]
     recipes: list[Path]
+
+
+def local_state(run_dir: Path, number: int) -> str | None:
+    """The state of a job of cluster=local in Slurm's words; None where it has ended without a result, or elsewhere."""
+    if live_controllers(run_dir, [number]):
+        return "RUNNING"
+    results = [pickle.loads(path.read_bytes())[0] for path in (run_dir / "slurm").glob(f"{number}_*_result.pkl")]
+    return None if not results else "FAILED" if "error" in results else "COMPLETED"
 
 
 def run_jobs(run_dir: Path) -> RunJobs:

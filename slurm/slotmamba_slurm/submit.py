@@ -98,7 +98,7 @@ def _submit_to_slurm(recipe: Recipe, git: dict[str, Any] | None) -> int:
     checked(slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN")).script())
     submission = write_submission(recipe, git)
     try:
-        job = slurm_executor(recipe, submission).submit(_job(recipe, submission))
+        job = slurm_executor(recipe, submission).submit(train_job(recipe, submission))
     except FailedJobError as error:
         raise InputError(f"sbatch has failed: {one_line(error)}") from None
     nodes, size = recipe.slurm.nodes, recipe.parallel.size
@@ -115,7 +115,7 @@ def _run_local(recipe: Recipe, git: dict[str, Any] | None) -> int:
     executor.code = submission.code
     executor.update_parameters(**parameters)
     with sigint_ignored():
-        job = executor.submit(_job(recipe, submission))
+        job = executor.submit(train_job(recipe, submission))
     processes = count_of(recipe.parallel.size, "process", "es")
     print(f"{recipe.name}: job {job.job_id} on this machine: {processes}", flush=True)
     print(f"  run folder  {recipe.run_path}")
@@ -146,8 +146,9 @@ def _check_debug(recipe: Recipe) -> None:
         raise InputError(f"cluster=debug is one process, the recipe asks for {recipe.parallel.size}: set cluster=local")
 
 
-def _job(recipe: Recipe, submission: Submission) -> TrainJob:
-    return TrainJob(submission.recipe, recipe.slurm.cpus_per_task, recipe.slurm.requeue)
+def train_job(recipe: Recipe, submission: Submission, sweep: Path | None = None) -> TrainJob:
+    """`sweep`: the folder of the sweep of which the run is a cell."""
+    return TrainJob(submission.recipe, recipe.slurm.cpus_per_task, recipe.slurm.requeue, sweep)
 
 
 def count_of(number: int, noun: str, plural: str = "s") -> str:

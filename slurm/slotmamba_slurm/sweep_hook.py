@@ -12,9 +12,9 @@ from pathlib import Path
 SECONDS = 300
 
 
-def write_sweep_results(folder: Path) -> None:
-    """Says in one line where that fails; the cell has ended as it has."""
-    command = [sys.executable, "-m", "slotmamba.sweep_report", str(folder)]
+def write_sweep_results(folder: Path, job: str, failed: bool) -> None:
+    """Says in one line where that fails; the cell, whose job is `job`, has ended as it has."""
+    command = [sys.executable, "-m", "slotmamba.sweep_report", str(folder), job, "FAILED" if failed else "COMPLETED"]
     try:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:

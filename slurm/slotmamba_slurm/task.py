@@ -56,7 +56,6 @@ def main(folder: str) -> int:
     os.environ["SUBMITIT_FOLDER"] = folder  # where submitit's paths are
     place = _place()
     job = None
-    place.paths.result_pickle.unlink(missing_ok=True)  # of the time before, where a job is queued again by hand
     try:
         job = _load(place.paths.submitted_pickle)
         if job.stop_file.exists():  # `slotmamba runs stop` came before the training processes did
@@ -77,7 +76,7 @@ def main(folder: str) -> int:
         traceback.print_exc()
         code = 1
     if job is not None and job.sweep is not None and place.global_rank == 0:
-        write_sweep_results(job.sweep)
+        write_sweep_results(job.sweep, place.job_id, failed=code != 0)
     return code
 
 

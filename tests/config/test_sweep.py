@@ -92,43 +92,57 @@ def test_a_value_that_looks_like_an_interpolation(folder: Path) -> None:
     assert cell.recipe.data.tokenizer == "${seed}"
 
 
-WRONG = [
+KEYS = [
+    ("optim.lr=1e-3", "expected a list of values to try, got 0.001"),
+    ("optim.lr=[]", "expected a list of values to try, got []"),
+    ("optim.lr=[1e-3,0.001]", "expected different values, got [0.001, 0.001]"),
+    ("seed.x=[1]", "expected keys that do not hold one another: sweep.seed sets it too"),
+    ("name=[a,b]", "cannot be tried: cells are named for the values that they try"),
+    ("run_dir=[a,b]", "cannot be tried: every cell has a folder of its own in the run_dir of the sweep"),
+    ("slurm.nodes=[1,2]", "cannot be tried: all cells are one job array, whose jobs ask for the same"),
+    ("sweep.seed=[1,2]", "cannot be tried: a cell is a run, not a sweep"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), KEYS, ids=[override for override, _ in KEYS])
+def test_wrong_key(folder: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_sweep("base.yaml", ["sweep.seed=[1]", f"sweep.{override}"])
+    assert str(caught.value) == f"override sweep.{override}: sweep.{override.partition('=')[0]}: {message}"
+
+
+CELLS = [
     (["sweep.optim.lrr=[1,2]"], "cell optim.lrr=1: optim.lrr: unknown key; did you mean optim.lr?"),
     (["sweep.optimm.lr=[1,2]"], "cell optimm.lr=1: optimm: unknown key; did you mean optim?"),
-    (["sweep.seed=[1,2]", "sweep.optim.lr=[1e-3,-1]"], "cell seed=1,optim.lr=-1: optim.lr: expected a number more "
-     "than 0, got -1"),
+    (
+        ["sweep.seed=[1,2]", "sweep.optim.lr=[1e-3,-1]"],
+        "cell seed=1,optim.lr=-1: optim.lr: expected a number more than 0, got -1",
+    ),
     (["sweep.optim.lr=[fast]"], "cell optim.lr=fast: optim.lr: expected a number more than 0, got 'fast'"),
-    (["sweep.model.d_model=[64,65]"], "cell model.d_model=65: base.yaml with overrides: model: d_model=65 is not "
-     "divisible by n_heads=4"),
+    (
+        ["sweep.model.d_model=[64,65]"],
+        "cell model.d_model=65: base.yaml with overrides: model: d_model=65 is not divisible by n_heads=4",
+    ),
     (["sweep.data.sources.2.weight=[1]"], "cell data.sources.2.weight=1: list index out of range"),
-    (["sweep.optim.lr=1e-3"], "override sweep.optim.lr=1e-3: sweep.optim.lr: expected a list of values to try, "
-     "got 0.001"),
-    (["sweep.optim.lr=[]"], "override sweep.optim.lr=[]: sweep.optim.lr: expected a list of values to try, got []"),
-    (["sweep.optim.lr=[1e-3,0.001]"], "override sweep.optim.lr=[1e-3,0.001]: sweep.optim.lr: expected different "
-     "values, got [0.001, 0.001]"),
     (["sweep=[1]"], "override sweep=[1]: sweep: expected keys with a list of values each, got [1]"),
-    (["sweep.optim=[{lr: 1.0}]", "sweep.optim.lr=[1,2]"], "override sweep.optim.lr=[1,2]: sweep.optim.lr: expected "
-     "keys that do not hold one another: sweep.optim sets it too"),
-    (["sweep.name=[a,b]"], "override sweep.name=[a,b]: sweep.name: cannot be tried: cells are named for the values that "
-     "they try"),
-    (["sweep.run_dir=[a,b]"], "override sweep.run_dir=[a,b]: sweep.run_dir: cannot be tried: every cell has a folder of "
-     "its own in the run_dir of the sweep"),
-    (["sweep.slurm.nodes=[1,2]"], "override sweep.slurm.nodes=[1,2]: sweep.slurm.nodes: cannot be tried: all cells are one "
-     "job array, whose jobs ask for the same"),
-    (["sweep.sweep.seed=[1,2]"], "override sweep.sweep.seed=[1,2]: sweep.sweep.seed: cannot be tried: a cell is a run, not "
-     "a sweep"),
-    (["sweep.seed=[1]", "seed=2"], "override seed=2: the sweep sets seed in every cell; sweep.seed=null takes it out of "
-     "the sweep"),
-    (["sweep.parallel.shard=[1,2]", "parallel.engine=fsdp2", "train.micro_batch=1"], "cell parallel.shard=2: "
-     "parallel.replicate * parallel.shard = 2 processes, not 1 as in cell parallel.shard=1: all cells are one job array, "
-     "whose jobs ask for the same"),
-    (["sweep.optim.warmup=[1,2]", "slurm.nodes=${optim.warmup}"], "cell optim.warmup=2: its section slurm is not that of "
-     "cell optim.warmup=1"),
+    (
+        ["sweep.seed=[1]", "seed=2"],
+        "override seed=2: the sweep sets seed in every cell; sweep.seed=null takes it out of the sweep",
+    ),
+    (
+        ["sweep.parallel.shard=[1,2]", "parallel.engine=fsdp2", "train.micro_batch=1"],
+        "cell parallel.shard=2: parallel.replicate * parallel.shard = 2 processes, not 1 as in cell parallel.shard=1: "
+        "all cells are one job array, whose jobs ask for the same",
+    ),
+    (
+        ["sweep.optim.warmup=[1,2]", "slurm.nodes=${optim.warmup}"],
+        "cell optim.warmup=2: its section slurm is not that of cell optim.warmup=1",
+    ),
     ([f"sweep.seed={list(range(1001))}"], "base.yaml: sweep: 1,001 cells, expected 1,000 at most"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("overrides", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
+@pytest.mark.parametrize(("overrides", "message"), CELLS, ids=[message[:40] for _, message in CELLS])
 def test_wrong_sweep(folder: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_sweep("base.yaml", overrides)
@@ -146,7 +160,7 @@ def test_each_thing_that_is_wrong_is_said_once(folder: Path) -> None:
 
 
 def test_commands(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`validate` checks all cells, `estimate` all and the largest in full, `train` names the command that trains them."""
+    """`validate` checks all cells, `estimate` all and the largest in full, `train` names another command."""
     assert main(["validate", "sweep.yaml", "sweep.data.sources.0.shards=[data/text,data/other]"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["base: ok, a sweep of 8 cells", f"  {NAMES[0]},data.sources.0.shards=data-text-fad785"]
