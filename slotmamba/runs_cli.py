@@ -117,7 +117,7 @@ def _statuses(folder: str | None) -> list[Status]:
 
 
 def last_jobs(folders: Sequence[RunFolder]) -> dict[Path, Job]:
-    """For each run that has known jobs, of Slurm or of this machine: the one that is under way, or waits, or else was the last."""
+    """For each run that has known jobs, of Slurm or this machine: the one under way, or that waits, or else the last."""
     from slotmamba.runs.status import Job
     from slotmamba_slurm.queue import ask_sacct, ask_squeue
     from slotmamba_slurm.run_jobs import local_state, run_jobs
