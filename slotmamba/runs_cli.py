@@ -14,8 +14,7 @@ from slotmamba.errors import InputError, suggestion
 from slotmamba.outcome import DONE, INTERRUPTED
 
 if TYPE_CHECKING:
-    from slotmamba.runs.folder import RunFolder
-    from slotmamba.runs.status import Job, Status
+    from slotmamba.runs.status import Status
 
 
 def add_runs_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -85,8 +84,7 @@ def _list(args: argparse.Namespace) -> int:
         print(listing.as_table(statuses))
     else:
         print("no runs")
-    for name, count in listing.broken_lines(statuses).items():
-        _note(f"{name}: {count} lines of metrics.jsonl are damaged and left out")
+    _note_broken(statuses)
     return DONE
 
 
@@ -97,90 +95,64 @@ def _check(value: str, valid: Sequence[str], option: str) -> None:
 
 def _statuses(folder: str | None) -> list[Status]:
     """Of all runs below `folder`, the default one if it is None."""
-    from slotmamba.runs.folder import DEFAULT_FOLDER, RunFolder, find_runs
+    from slotmamba.runs.folder import DEFAULT_FOLDER, find_runs
     from slotmamba.runs.status import LAST_BYTES, status
+    from slotmamba.runs_jobs import last_jobs, open_run
 
     top = DEFAULT_FOLDER if folder is None else Path(folder)
     if folder is not None and not top.is_dir():
         raise InputError(f"{folder} is not a folder")
     found = find_runs(top, lambda error: _note(_said(error))) if top.is_dir() else ()
-    folders = [RunFolder(path, LAST_BYTES) for path in found]
-    jobs = last_jobs(folders)
+    runs = [open_run(path, LAST_BYTES) for path in found]
+    jobs = last_jobs(runs)
+    _note_all(jobs.problems)
     statuses = []
-    for run in folders:
+    for run in runs:
         name = str(run.path.relative_to(top)) if run.path != top else run.path.resolve().name
         try:
-            statuses.append(status(name, run, jobs.get(run.path)))
+            statuses.append(status(name, run, jobs.jobs.get(run.path)))
         except OSError as error:
             _note(f"{name}: {_said(error)}")
     return statuses
 
 
-def last_jobs(folders: Sequence[RunFolder]) -> dict[Path, Job]:
-    """For each run that has known jobs, of Slurm or this machine: the one under way, or that waits, or else the last."""
-    from slotmamba.runs.status import Job
-    from slotmamba_slurm.queue import ask_sacct, ask_squeue
-    from slotmamba_slurm.run_jobs import local_state, run_jobs
-
-    found = {run.path: run_jobs(run.path) for run in folders}
-    ids = {path: run.slurm for path, run in found.items()}
-    queue = ask_squeue([each for run in ids.values() for each in run])
-    forgotten = [run[-1] for run in ids.values() if run and not any(each in queue.jobs for each in run)]
-    accounts = ask_sacct(forgotten)
-    for problem in [*queue.problems, *accounts.problems]:
-        _note(f"{problem}: what is said of jobs is from the run folders alone")
-    answers = queue.jobs | accounts.jobs
-    jobs = {}
-    for path, own_jobs in found.items():
-        state = local_state(path, own_jobs.local[-1]) if own_jobs.local else None
-        if state is not None:
-            jobs[path] = Job(str(own_jobs.local[-1]), state)
-    for path, own in ids.items():
-        known = [
-            Job(each.id, each.state, each.reason, each.nodes, each.began) for id in own if (each := answers.get(id))
-        ]
-        if known:
-            jobs[path] = max(known, key=lambda job: (job.runs, job.waits, own.index(job.id)))
-    return jobs
-
-
 def _show(args: argparse.Namespace) -> int:
+    from slotmamba.config.sweep_file import is_sweep
+    from slotmamba.runs.folder import find_run
+
+    path = find_run(args.run)
+    if is_sweep(path):
+        from slotmamba.sweep_report import write_results
+
+        print(write_results(path), end="")
+        return DONE
+    return _show_run(args.run, path)
+
+
+def _show_run(name: str, path: Path) -> int:
     from slotmamba.plots import plot_records
-    from slotmamba.runs.folder import RunFolder, find_run, find_sweep
-    from slotmamba.runs.listing import broken_lines
     from slotmamba.runs.show import curves, facts, starts_table
     from slotmamba.runs.status import RUNNING, status
+    from slotmamba.runs_jobs import last_jobs, open_run
 
-    sweep = find_sweep(args.run)
-    if sweep is not None:
-        return _show_sweep(sweep)
-    run = RunFolder(find_run(args.run))
-    found = status(args.run, run, last_jobs([run]).get(run.path))
+    run = open_run(path)
+    jobs = last_jobs([run])
+    _note_all(jobs.problems)
+    found = status(name, run, jobs.jobs.get(path))
     parts = [facts(found, run)]
     if run.starts:
         parts.append(starts_table(run.starts, running=found.state == RUNNING))
     parts.append(curves(run, braille=_has_braille()))
     print("\n\n".join(part for part in parts if part), flush=True)
-    for name, count in broken_lines([found]).items():
-        _note(f"{name}: {count} lines of metrics.jsonl are damaged and left out")
+    _note_broken([found])
+    if not run.metrics[0]:
+        return DONE
     try:
-        plots = plot_records(run.path, run.metrics[0])
+        plots = plot_records(path, run.metrics[0])
     except OSError as error:
         _note(f"no PNG files: {_said(error)}")
         return DONE
-    print("".join(f"\n  {path}" for path in plots))
-    return DONE
-
-
-def _show_sweep(folder: Path) -> int:
-    from slotmamba.sweep_report import sweep_report, write_results
-    from slotmamba.sweep_results import sweep_results
-
-    try:
-        print(write_results(folder), end="")
-    except OSError as error:
-        print(sweep_report(sweep_results(folder)), end="", flush=True)
-        _note(f"no files of it: {_said(error)}")
+    print("".join(f"\n  {plot}" for plot in plots))
     return DONE
 
 
@@ -193,15 +165,14 @@ def _has_braille() -> bool:
 
 
 def _logs(args: argparse.Namespace) -> int:
-    from slotmamba.runs.folder import find_run
     from slotmamba.runs.logs import RunLogs, follow, shown
 
-    path = find_run(args.run)
+    path = _one_run(args.run)
     if args.lines is not None and args.lines < 0:
         raise InputError(f"--lines {args.lines}: expected a number of lines")
-    logs = RunLogs(path, args.rank)
+    logs = RunLogs(path, path / "slurm", args.rank)
     so_far = shown(logs.new(last=not args.follow), args.rank is None)
-    for line in so_far if args.lines is None else so_far[len(so_far) - min(len(so_far), args.lines) :]:
+    for line in so_far if args.lines is None else so_far[max(0, len(so_far) - args.lines) :]:
         print(line)
     if args.follow:
         with suppress(KeyboardInterrupt):
@@ -213,24 +184,52 @@ def _logs(args: argparse.Namespace) -> int:
 
 def _is_over(path: Path) -> bool:
     """Whether a run has ended and no job of it waits or starts."""
-    from slotmamba.runs.folder import RunFolder
     from slotmamba.runs.status import UNDER_WAY, status
+    from slotmamba.runs_jobs import last_jobs, open_run
 
-    run = RunFolder(path, last_bytes=0)
+    run = open_run(path, last_bytes=0)
     if run.locked:
         return False
-    return status("", run, last_jobs([run]).get(path)).state not in UNDER_WAY
+    jobs = last_jobs([run])
+    _note_all(jobs.problems)
+    return status("", run, jobs.jobs.get(path)).state not in UNDER_WAY
 
 
 def _stop(args: argparse.Namespace) -> int:
-    from slotmamba.runs.folder import find_run
-    from slotmamba.runs_stop import stop_run
+    from slotmamba.config.sweep_file import is_sweep
+    from slotmamba.runs.folder import cells, find_run
+    from slotmamba.runs_stop import stop_runs
 
+    path = find_run(args.run)
+    runs = {cell.name: cell for cell in cells(path)} if is_sweep(path) else {args.run: path}
     try:
-        return stop_run(args.run, find_run(args.run), args.now)
+        stop_runs(runs, args.now)
     except KeyboardInterrupt:
-        _note("not waiting any longer: the run still saves and ends")
+        _note("not waiting any longer: what was told to stop still saves and ends")
         return INTERRUPTED
+    return DONE
+
+
+def _one_run(name: str) -> Path:
+    from slotmamba.config.sweep_file import is_sweep
+    from slotmamba.runs.folder import cells, find_run
+
+    path = find_run(name)
+    if is_sweep(path):
+        raise InputError(f"{name} is a sweep: name one of its runs, such as {cells(path)[0]}")
+    return path
+
+
+def _note_all(problems: Sequence[str]) -> None:
+    for problem in problems:
+        _note(f"{problem}: what is said of jobs is from the run folders alone")
+
+
+def _note_broken(statuses: Sequence[Status]) -> None:
+    from slotmamba.runs.listing import broken_lines
+
+    for name, count in broken_lines(statuses).items():
+        _note(f"{name}: {count} lines of metrics.jsonl are damaged and left out")
 
 
 def _said(error: OSError) -> str:

@@ -1,4 +1,4 @@
-"""`slotmamba runs stop`: has a run save and end, wherever it runs, and keeps its jobs from being queued again."""
+"""`slotmamba runs stop`: has runs save and end, wherever they run, and keeps their jobs from being queued again."""
 
 from __future__ import annotations
 
@@ -6,27 +6,92 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from slotmamba import run_lock
 from slotmamba.errors import InputError, SlotMambaError
-from slotmamba.outcome import DONE
 from slotmamba.runs.folder import RunFolder
 from slotmamba.runs.starts import FINISHED, STOPPED, Start
-from slotmamba.runs.status import Job, end_of
+from slotmamba.runs.status import Job
+from slotmamba.runs_jobs import as_job, open_run
 from slotmamba_slurm import stop as jobs_stop
-from slotmamba_slurm.queue import ask_squeue
-from slotmamba_slurm.run_jobs import RunJobs, run_jobs
+from slotmamba_slurm.queue import Queue, ask_squeue
+from slotmamba_slurm.run_jobs import run_jobs
 
 POLL_SECONDS = 0.5
 REPEAT_SECONDS = 2.0  # between signals, of which one that comes before the processes is lost, and between questions
 
 
+def stop_runs(runs: Mapping[str, Path], now: bool) -> None:
+    """Stops runs, all at once, and waits until all have ended.
+
+    Args:
+        runs: folders by the names that are printed.
+        now: cancel them, without a checkpoint and without waiting.
+
+    Raises:
+        InputError: one trains on another host without Slurm, or a command of Slurm's fails.
+        SlotMambaError: whether there are jobs to stop is not to be found out, or a run ended without saving.
+    """
+    stoppings = [Stopping(name, path) for name, path in runs.items()]
+    _look(stoppings)
+    stoppings = [each for each in stoppings if each.alive]
+    if not stoppings:
+        print("nothing to stop: no process trains there and no job waits")
+        return
+    for each in stoppings:
+        each.begin()
+        print(f"{each.name}: {'cancelling' if now else 'stopping'} {each.alive}", flush=True)
+    if now:
+        for each in stoppings:
+            each.cancel()
+    else:
+        _wait(stoppings)
+
+
+def _wait(stoppings: Sequence[Stopping]) -> None:
+    """Asks until all have ended, and says what they do meanwhile."""
+    unsaved = []
+    while living := [each for each in stoppings if each.alive]:
+        for each in living:
+            each.ask()
+        asked = time.monotonic()
+        while time.monotonic() - asked < REPEAT_SECONDS and any(each.may_live() for each in living):
+            time.sleep(POLL_SECONDS)
+            for each in living:
+                each.say_what_it_does()
+        try:
+            _look(living)
+        except SlotMambaError as error:
+            print(f"  {error}: asking again", flush=True)
+        for each in living:
+            if not each.alive:
+                ended, saved = each.how_it_ended()
+                print(f"{each.name}: {ended}", flush=True)
+                unsaved += [] if saved else [each.name]
+    if unsaved:
+        raise SlotMambaError(f"ended without saving: {', '.join(unsaved)}")
+
+
+def _look(stoppings: Sequence[Stopping]) -> None:
+    """Finds out what of each is alive, with one question to Slurm.
+
+    Raises:
+        InputError, SlotMambaError: as `stop_runs`.
+    """
+    queue = ask_squeue([number for each in stoppings for number in each.jobs.slurm])
+    if queue.problems:
+        raise SlotMambaError(f"{'; '.join(queue.problems)}: whether jobs run is not known")
+    for each in stoppings:
+        each.look(queue)
+
+
 @dataclass(frozen=True)
 class Alive:
-    """What there is to stop.
+    """What there is to stop of a run.
 
     jobs: on Slurm, that wait or run; controllers: process numbers of jobs of cluster=local; process: the number of the
     one that holds the run folder, if that is no Slurm job's.
@@ -45,59 +110,90 @@ class Alive:
         parts += [f"process {self.process} on this machine"] if self.process and not self.controllers else []
         return ", ".join(parts)
 
-    def in_training(self, start: Start) -> bool:
+    def trains(self, start: Start) -> bool:
         """Whether `start`, the last one, is theirs and goes on."""
         since = [job.began for job in self.jobs if job.runs and job.began is not None]
         return start.end is None and (self.process is not None or any(began <= start.time for began in since))
 
 
-def stop_run(name: str, path: Path, now: bool) -> int:
-    """Stops a run and returns the exit code 0.
+class Stopping:
+    """One run that is being stopped."""
 
-    Args:
-        name: of the run, for what is printed.
-        path: of its folder.
-        now: cancel it, without a checkpoint and without waiting.
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self.path = path
+        self.jobs = run_jobs(path)
+        self.alive = Alive()
+        self._said = ""
 
-    Raises:
-        InputError: it trains on another host without Slurm, or a command of Slurm's fails.
-        SlotMambaError: whether there are jobs to stop is not to be found out, or the run ended without saving.
-    """
-    jobs = run_jobs(path)
-    alive = find_alive(path, jobs)
-    if not alive:
-        print(f"{name}: nothing to stop, no process trains there and no job waits")
-        return DONE
-    starts = RunFolder(path).starts
-    jobs_stop.keep_from_starting_again(jobs.recipes, [job.id for job in alive.jobs])
-    if now:
-        _cancel(alive)
-        print(f"{name}: cancelled {alive}")
-        return DONE
-    print(f"{name}: stopping {alive}", flush=True)
-    trained = bool(starts) and alive.in_training(starts[-1])
-    _wait(path, jobs, alive)
-    run = RunFolder(path)
-    if not trained and len(run.starts) == len(starts):
-        print(f"{name}: ended before training began{_newest(run)}")
-    else:
-        print(f"{name}: {_how_it_ended(run)}")
-    return DONE
+    def look(self, queue: Queue) -> None:
+        """Finds out what is alive."""
+        known = [as_job(queue.jobs[number]) for number in self.jobs.slurm if number in queue.jobs]
+        jobs = [job for job in known if job.waits or job.runs]
+        controllers = jobs_stop.live_controllers(self.jobs.folder, self.jobs.local)
+        held = not jobs and run_lock.is_held(self.path)
+        self.alive = Alive(jobs, controllers, _holder(self.path) if held else None)
 
+    def begin(self) -> None:
+        """From here on nothing of the run starts again."""
+        starts = open_run(self.path).starts
+        self._starts = len(starts)
+        self._trained = bool(starts) and self.alive.trains(starts[-1])
+        jobs_stop.keep_from_starting_again(self.jobs.recipes, [job.id for job in self.alive.jobs])
 
-def find_alive(path: Path, jobs: RunJobs) -> Alive:
-    """The jobs and processes of a run that wait or run.
+    def ask(self) -> None:
+        """Ends what waits and has what runs save. Those that save need no telling, and that signals were for them is
+        not known any more when they have saved: it would kill them."""
+        jobs_stop.cancel([job.id for job in self.alive.jobs if job.waits])
+        if self._saves():
+            return
+        jobs_stop.tell_to_save([job.id for job in self.alive.jobs if job.runs])
+        if self.alive.controllers:
+            self._tell_controllers()
+        elif self.alive.process:
+            _send(self.alive.process, signal.SIGTERM)
 
-    Raises:
-        InputError, SlotMambaError: as `stop_run`.
-    """
-    queue = ask_squeue(jobs.slurm)
-    if queue.problems:
-        raise SlotMambaError(f"{'; '.join(queue.problems)}: whether a job of {path} runs is not known")
-    found = [Job(each.id, each.state, each.reason, each.nodes, each.began) for each in queue.jobs.values()]
-    living = [job for job in found if job.waits or job.runs]
-    controllers = jobs_stop.live_controllers(path, jobs.local)
-    return Alive(living, controllers, _holder(path) if run_lock.is_held(path) and not living else None)
+    def _saves(self) -> bool:
+        """Whether it does, or has."""
+        run = open_run(self.path)
+        ended = len(run.starts) > self._starts - self._trained and run.starts[-1].end is not None
+        return ended or any(beat.rank == 0 and beat.phase == "saving" for beat in run.beats)
+
+    def cancel(self) -> None:
+        """Ends all of it, without a checkpoint."""
+        jobs_stop.cancel([job.id for job in self.alive.jobs])
+        if self.alive.process:  # the other ranks, and the controller, end when it is gone
+            _send(self.alive.process, signal.SIGKILL)
+        else:
+            self._tell_controllers()
+
+    def _tell_controllers(self) -> None:
+        """They send SIGTERM on to all tasks."""
+        for number in self.alive.controllers:
+            _send(number, signal.SIGTERM)
+
+    def may_live(self) -> bool:
+        """False as soon as it is seen to have ended, without asking Slurm."""
+        return bool(self.alive.jobs) or run_lock.is_held(self.path)
+
+    def say_what_it_does(self) -> None:
+        main = next((beat for beat in RunFolder(self.path).beats if beat.rank == 0), None)
+        doing = f"step {main.step}, {main.phase}" if main else "no process has begun to train"
+        if doing != self._said:
+            print(f"  {self.name}: {doing}", flush=True)
+        self._said = doing
+
+    def how_it_ended(self) -> tuple[str, bool]:
+        """In words, and whether all that it trained is saved."""
+        run = open_run(self.path)
+        newest = f"the newest checkpoint is of step {run.checkpoints[-1]}" if run.checkpoints else "no checkpoint"
+        if not self._trained and len(run.starts) == self._starts:
+            return f"ended before training began, {newest}", True
+        end = run.starts[-1].end
+        if end and end.kind in (STOPPED, FINISHED):
+            resumes = "; the same recipe, submitted or trained again, resumes" if end.kind == STOPPED else ""
+            return f"{end.kind}, {newest}{resumes}", True
+        return f"ended without saving{f' ({end.reason})' if end else ''}, {newest}", False
 
 
 def _holder(path: Path) -> int:
@@ -120,69 +216,6 @@ def _has_open(pid: int, file: Path) -> bool:
         return False
 
 
-def _cancel(alive: Alive) -> None:
-    jobs_stop.cancel([job.id for job in alive.jobs])
-    if alive.process:  # the other ranks, and the controller, end when it is gone
-        _send(alive.process, signal.SIGKILL)
-    else:
-        _tell_controllers(alive)
-
-
-def _ask(alive: Alive) -> None:
-    """Ends what waits and has what runs save; asking again changes nothing."""
-    jobs_stop.cancel([job.id for job in alive.jobs if job.waits])
-    jobs_stop.tell_to_save([job.id for job in alive.jobs if job.runs])
-    if alive.controllers:
-        _tell_controllers(alive)
-    elif alive.process:
-        _send(alive.process, signal.SIGTERM)
-
-
-def _tell_controllers(alive: Alive) -> None:
-    """They send SIGTERM on to all tasks."""
-    for number in alive.controllers:
-        _send(number, signal.SIGTERM)
-
-
 def _send(process: int, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):  # it has ended meanwhile
         os.kill(process, number)
-
-
-def _wait(path: Path, jobs: RunJobs, alive: Alive) -> None:
-    """Asks until all has ended, and says what the run does meanwhile."""
-    said = ""
-    while alive:
-        _ask(alive)
-        asked = time.monotonic()
-        while time.monotonic() - asked < REPEAT_SECONDS and (alive.jobs or run_lock.is_held(path)):
-            time.sleep(POLL_SECONDS)
-            doing = _doing(path)
-            if doing != said:
-                print(f"  {doing}", flush=True)
-            said = doing
-        try:
-            alive = find_alive(path, jobs)
-        except SlotMambaError as error:
-            print(f"  {error}: asking again", flush=True)
-
-
-def _doing(path: Path) -> str:
-    main = next((beat for beat in RunFolder(path).beats if beat.rank == 0), None)
-    return f"step {main.step}, {main.phase}" if main else "no process has begun to train"
-
-
-def _how_it_ended(run: RunFolder) -> str:
-    """In words; SlotMambaError if it did not save."""
-    last = run.starts[-1]
-    if last.end and last.end.kind == STOPPED:
-        return f"stopped by {last.end.reason}{_newest(run)}; the same recipe, submitted or trained again, resumes"
-    if last.end and last.end.kind == FINISHED:
-        return f"finished{_newest(run)}"
-    raise SlotMambaError(f"{run.path}: ended without saving: {end_of(last)}{_newest(run)}")
-
-
-def _newest(run: RunFolder) -> str:
-    return (
-        f", the newest checkpoint is of step {run.checkpoints[-1]}" if run.checkpoints else ", there is no checkpoint"
-    )

@@ -25,7 +25,8 @@ def sweep_report(results: SweepResults) -> str:
     """A table of all cells, a plot of those that were measured, and the last lines that failed ones wrote."""
     states = Counter(cell.status.state for cell in results.ranked)
     head = f"{results.name}: {', '.join(f'{count} {state}' for state, count in states.items())}"
-    parts = [f"{head}\nbest first by {MEANING[results.measure]}", _table(results)]
+    notes = [f"{problem}: what is said of jobs is from the run folders alone" for problem in results.problems]
+    parts = ["\n".join([head, *notes, f"best first by {MEANING[results.measure]}"]), _table(results)]
     parts += [_dots(results)] if sum(cell.last(results.measure) is not None for cell in results.cells) > 1 else []
     parts += [_failure(cell) for cell in results.ranked if cell.status.state in IN_TROUBLE]
     return "\n\n".join(parts) + "\n"

@@ -14,10 +14,11 @@ from slotmamba.config import Recipe
 from slotmamba.config.cells import Cell, Sweep
 from slotmamba.config.sweep import Settings
 from slotmamba.config.sweep_file import CellRecord, is_sweep, read_sweep
+from slotmamba.errors import InputError
 from slotmamba.runs.folder import RunFolder
 from slotmamba.runs.starts import FAILED, FINISHED
 from slotmamba.runs.status import CANCELLED, DEAD, UNDER_WAY, Job, Status, status
-from slotmamba.runs_cli import last_jobs
+from slotmamba.runs_jobs import last_jobs, open_run
 
 RECALL, VALIDATION, TRAINING = "recall", "validation loss", "training loss"
 MEANING = {
@@ -64,10 +65,11 @@ class CellResult:
 
 @dataclass(frozen=True)
 class SweepResults:
-    """The cells of a sweep as they are now."""
+    """The cells of a sweep as they are now; problems: a line for each question that Slurm did not answer."""
 
     name: str
     cells: tuple[CellResult, ...]
+    problems: list[str]
 
     @cached_property
     def measure(self) -> str:
@@ -101,21 +103,30 @@ def sweep_results(folder: Path, ended: Job | None = None) -> SweepResults:
         OSError: it is not the folder of a sweep, or a file cannot be read.
     """
     record = read_sweep(folder)
-    runs = [RunFolder(folder / cell.name) for cell in record.cells]
-    jobs = last_jobs(runs)
+    runs = [open_run(folder / cell.name) for cell in record.cells]
+    known = last_jobs(runs)
+    jobs = known.jobs
     if ended is not None:
-        jobs |= {path: ended for path, job in jobs.items() if job.id == ended.id}
+        jobs = jobs | {path: ended for path, job in jobs.items() if job.id == ended.id}
     cells = [
         CellResult(cell, status(cell.name, run, jobs.get(run.path)), _curves(run.metrics[0]))
         for cell, run in zip(record.cells, runs, strict=True)
     ]
-    return SweepResults(record.name, tuple(cells))
+    return SweepResults(record.name, tuple(cells), known.problems)
 
 
 def not_to_submit(sweep: Sweep) -> dict[str, list[Cell]]:
-    """The cells of a sweep that there is nothing to submit for, by the reason in words."""
+    """The cells of a sweep that there is nothing to submit for, by the reason in words.
+
+    Raises:
+        InputError: Slurm does not say which are queued, or sweep.json is damaged.
+        OSError: a file cannot be read.
+    """
     folder = sweep.recipe.run_path
-    found = {cell.name: cell.status for cell in sweep_results(folder).cells} if is_sweep(folder) else {}
+    results = sweep_results(folder) if is_sweep(folder) else SweepResults(sweep.recipe.name, (), [])
+    if results.problems:
+        raise InputError(f"{results.problems[0]}: whether cells are queued already is not known")
+    found = {cell.name: cell.status for cell in results.cells}
     known = [(cell, found[cell.name].state) for cell in sweep.cells if cell.name in found]
     return {
         "already finished": [cell for cell, state in known if state == FINISHED and _is_as_trained(cell.recipe)],

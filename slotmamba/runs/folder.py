@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,11 @@ from slotmamba import run_lock
 from slotmamba.checkpoint.manifest import claimed_steps
 from slotmamba.config.duration import seconds
 from slotmamba.config.schema import ParallelConfig, TrainConfig
-from slotmamba.config.sweep_file import is_sweep
+from slotmamba.config.sweep_file import is_sweep, read_sweep
 from slotmamba.errors import InputError, suggestion
 from slotmamba.faults.heartbeat import Beat, read_beats
 from slotmamba.metrics import readable_metrics
-from slotmamba.runs.starts import Start, read_starts
+from slotmamba.runs.starts import Start, merged, read_starts
 
 DEFAULT_FOLDER = Path("runs")
 OWN_FOLDERS = {"slurm", "logs", "checkpoints", "plots", "wandb"}
@@ -28,44 +28,51 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, and ten tim
 
 
 def find_runs(folder: Path, unreadable: Callable[[OSError], object]) -> Iterator[Path]:
-    """The run folders at and below `folder`, in the order of their names; `unreadable` is told of folders that cannot
-    be looked into."""
+    """The run folders at and below `folder`, in the order of their names; those of cells of a sweep, which may not
+    have been made yet, in that of the sweep. `unreadable` is told of folders that cannot be looked into.
+
+    Raises:
+        InputError: the file of a sweep is damaged.
+    """
     for parent, folders, _ in os.walk(folder, onerror=unreadable):
         path = Path(parent)
+        if is_sweep(path):
+            yield from cells(path)
+            folders.clear()
         run = is_run(path)
         if run:
             yield path
-        own = OWN_FOLDERS if run or is_sweep(path) else ()
-        folders[:] = sorted(name for name in folders if not (name.startswith(".") or name in own))
+        folders[:] = sorted(name for name in folders if not (name.startswith(".") or (run and name in OWN_FOLDERS)))
+
+
+def cells(sweep: Path) -> list[Path]:
+    """The run folders of a sweep; InputError if its file is damaged."""
+    return [sweep / cell.name for cell in read_sweep(sweep).cells]
 
 
 def is_run(path: Path) -> bool:
-    """Whether something has trained in a folder, or been submitted to; a sweep is none, its cells are."""
-    if is_sweep(path):
-        return False
-    return any((path / name).exists() for name in (run_lock.NAME, "metrics.jsonl")) or bool(_submissions(path))
+    """Whether something has trained in a folder, or was submitted for it; that of a sweep has its runs below it."""
+    return not is_sweep(path) and (_has_trained(path) or bool(_submissions(path)))
+
+
+def _has_trained(path: Path) -> bool:
+    return any((path / name).exists() for name in (run_lock.NAME, "metrics.jsonl"))
 
 
 def find_run(name: str) -> Path:
-    """The folder of a run that is named by its path, or by its name below the folder where runs are by default.
+    """The folder of a run, or a sweep, that is named by its path, or by its name below the folder where runs are by
+    default.
 
     Raises:
         InputError: it is not there.
     """
     for path in (Path(name), DEFAULT_FOLDER / name):
-        if path.is_dir() and is_run(path):
+        if is_run(path) or is_sweep(path):
             return path
-    if find_sweep(name) is not None:
-        raise InputError(f"{name} is a sweep: name one of its cells, a folder in it")
     if Path(name).is_dir():
         raise InputError(f"{name}: nothing has trained in this folder, and no job was submitted for it")
     names = [str(path.relative_to(DEFAULT_FOLDER)) for path in find_runs(DEFAULT_FOLDER, lambda error: None)]
     raise InputError(f"{name}: no such run, neither as a path nor below {DEFAULT_FOLDER}/{suggestion(name, names)}")
-
-
-def find_sweep(name: str) -> Path | None:
-    """The folder of a sweep that is named like a run, if there is one."""
-    return next((path for path in (Path(name), DEFAULT_FOLDER / name) if is_sweep(path)), None)
 
 
 def _submissions(path: Path) -> list[Path]:
@@ -77,10 +84,11 @@ def _submissions(path: Path) -> list[Path]:
 class RunFolder:
     """What the files of a run say. Each is read when it is first asked for, and once.
 
-    last_bytes: of metrics.jsonl, to read that many only.
+    job_starts: the starts of its jobs; last_bytes: of metrics.jsonl, to read that many only.
     """
 
     path: Path
+    job_starts: Sequence[Start] = ()
     last_bytes: int | None = None
 
     @cached_property
@@ -109,7 +117,7 @@ class RunFolder:
 
     @cached_property
     def starts(self) -> list[Start]:
-        return read_starts(self.path)
+        return merged(read_starts(self.path), self.job_starts)
 
     @cached_property
     def beats(self) -> list[Beat]:

@@ -1,6 +1,6 @@
 """The lines that all processes of a run wrote, in the order of time, and those that are still to come.
 
-There are two files for each rank. RUN_DIR/logs/rank-00000.log has times; what a job's task printed,
+There are two kinds of files for each rank. RUN_DIR/logs/rank-00000.log has times; what a job's task printed,
 RUN_DIR/slurm/JOB_0_log.out, has none, but repeats lines of the first, which tell when the others between them came.
 """
 
@@ -51,11 +51,14 @@ class _Tail:
 
 @dataclass
 class RunLogs:
-    """The logs of a run; each call of `new` returns what was written since the one before."""
+    """The logs of a run; each call of `new` returns what was written since the one before.
+
+    jobs: the folder of the outputs of its jobs; rank: of this rank only.
+    """
 
     run_dir: Path
+    jobs: Path
     rank: int | None = None
-    """Of this rank only."""
     _logs: dict[Path, _Tail] = field(default_factory=dict)
     _outputs: dict[Path, _Tail] = field(default_factory=dict)
     _times: dict[tuple[int, str], deque[str]] = field(default_factory=lambda: defaultdict(deque))
@@ -69,19 +72,21 @@ class RunLogs:
         Raises:
             OSError: a file cannot be read.
         """
-        self._find(self._logs, self.run_dir / "logs", _RANK_LOG)
-        self._find(self._outputs, self.run_dir / "slurm", _OUTPUT)
+        self._find_new()
         # First what was written last: a process logs a line before it prints it.
         printed = {path: list(tail.lines(last)) for path, tail in self._outputs.items()}
         streams = [self._logged(tail, last) for tail in self._logs.values()]
         streams += [self._printed(self._outputs[path], lines) for path, lines in printed.items()]
         return list(heapq.merge(*streams, key=lambda timed: timed[0]))
 
-    def _find(self, tails: dict[Path, _Tail], folder: Path, name: re.Pattern[str]) -> None:
-        for path in sorted(folder.glob("*")):
-            found = name.fullmatch(path.name)
-            if found and path not in tails and self.rank in (None, int(found[1])):
-                tails[path] = _Tail(path, int(found[1]))
+    def _find_new(self) -> None:
+        for path in sorted((self.run_dir / "logs").glob("rank-*.log")):
+            if (found := _RANK_LOG.fullmatch(path.name)) and self.rank in (None, int(found[1])):
+                self._logs.setdefault(path, _Tail(path, int(found[1])))
+        for path in sorted(self.jobs.glob("*_log.*")):
+            found = _OUTPUT.fullmatch(path.name)
+            if found and self.rank in (None, int(found[1])):
+                self._outputs.setdefault(path, _Tail(path, int(found[1])))
 
     def _logged(self, tail: _Tail, last: bool) -> list[Timed]:
         """Lines of a log; those without a time, as of a traceback, have that of the line before."""
@@ -95,17 +100,19 @@ class RunLogs:
 
     def _printed(self, tail: _Tail, lines: list[str]) -> list[Timed]:
         """Lines of an output that are not in the log."""
-        found = []
+        known: list[tuple[str, str | None]] = []  # time, and the line where it is to be shown
         for line in lines:
-            times = self._times.get((tail.rank, line))
-            if times:
-                tail.time = max(tail.time, times.popleft())
-            elif line.strip():
-                found.append((tail.time, tail.rank, line))
+            in_log = self._times.get((tail.rank, line))
+            if in_log:
+                tail.time = max(tail.time, in_log.popleft())
+                known.append((tail.time, None))
+                continue
+            if found := _TIMED.match(line):
+                tail.time = max(tail.time, found[1])
+            known.append((tail.time, line if line.strip() else None))
         # Those before the first whose time is known: that of the first, or else of the last write.
-        first = tail.time or _as_logged(tail.path.stat().st_mtime)
-        first = min((time for time, _, _ in found if time), default=first)
-        return [(time or first, rank, line) for time, rank, line in found]
+        first = next((time for time, _ in known if time), None) or _as_logged(tail.path.stat().st_mtime)
+        return [(time or first, tail.rank, line) for time, line in known if line is not None]
 
 
 def _as_logged(seconds: float) -> str:

@@ -97,11 +97,20 @@ def starts_table(starts: Sequence[Start], running: bool) -> str:
     rows = []
     for count, start in enumerate(starts, start=1):
         last = running and count == len(starts)
-        where = f"{start.host}, {start.processes} process{'es' if start.processes > 1 else ''}"
+        where = f"{','.join(start.nodes)}: {start.processes} process{'es' if start.processes > 1 else ''}"
         begins = "-" if start.step is None else str(start.step)
         ended = "running" if last and start.end is None else end_of(start)
-        rows.append((str(count), f"{datetime.fromtimestamp(start.time):%Y-%m-%d %H:%M:%S}", begins, where, ended))
-    return table(("start", "at", "from step", "rank 0 on", "ended"), rows, left=("at", "rank 0 on", "ended"))
+        rows.append(
+            (
+                str(count),
+                start.job or "-",
+                f"{datetime.fromtimestamp(start.time):%Y-%m-%d %H:%M:%S}",
+                begins,
+                where,
+                ended,
+            )
+        )
+    return table(("start", "job", "at", "from step", "on", "ended"), rows, left=("job", "at", "on", "ended"))
 
 
 def curves(folder: RunFolder, braille: bool) -> str:

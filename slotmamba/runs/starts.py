@@ -1,9 +1,10 @@
-"""Every start of a run and how it ended, from the log of rank 0."""
+"""Every start of a run and how it ended, from the log of rank 0 and what its jobs say."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from slotmamba.errors import one_line
 
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 _LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) [A-Z]+ slotmamba\.(?:faults\.logs|progress): (.*)")
-_START = re.compile(r"rank 0 of (\d+): process (\d+) on (\S+)")
+_START = re.compile(r"rank 0 of (\d+): process \d+ on (\S+)")
 _RESUMED = re.compile(r"\S+: (?:starts|resumes after step (\d+))\b")
 _EARLIER_END = re.compile(r"ends after step (\d+), where source ")
 _STOPPED = re.compile(r"(.+): saved at step (\d+) of (\d+); the same command resumes: ")
@@ -33,17 +34,17 @@ class End:
 class Start:
     """One start of the processes of a run.
 
-    time: in seconds since 1970; host, pid: of rank 0; step: steps done before; total: steps asked for, where it is
-    known to be others than the recipe's; end: None while it runs, and for good if it ended without a word.
+    time: in seconds since 1970; nodes: hosts, as far as they are known; step: steps done before; total: steps asked
+    for, where the log says so; end: None while it runs, and for good if it ended without a word; job: its number.
     """
 
     time: float
     processes: int
-    host: str
-    pid: int
+    nodes: tuple[str, ...]
     step: int | None = None
     total: int | None = None
     end: End | None = None
+    job: str | None = None
 
 
 def read_starts(run_dir: Path) -> list[Start]:
@@ -66,7 +67,7 @@ def starts_in(lines: Iterable[str]) -> list[Start]:
         found = _LINE.match(line)
         if found and (began := _START.fullmatch(found[2])):
             time = datetime.fromisoformat(found[1]).timestamp()
-            starts.append(Start(time, int(began[1]), began[3], int(began[2])))
+            starts.append(Start(time, int(began[1]), (began[2],)))
         elif starts and found:
             starts[-1] = _told(starts[-1], found[2])
         elif starts and line.startswith(_VERDICT):  # after an exception, which it may have a better reason for
@@ -89,3 +90,23 @@ def _told(start: Start, message: str) -> Start:
     if message == "the process ends" and start.end is None:
         return replace(start, end=End(FINISHED, "all steps were done"))
     return start
+
+
+def merged(logged: Sequence[Start], jobs: Sequence[Start]) -> list[Start]:
+    """The starts of both, oldest first. The first are of training, the second of the tasks around it, which say more of
+    the end; some ended before training began, and some training no job started."""
+    starts = []
+    left = list(logged)
+    for number, start in enumerate(jobs):
+        until = jobs[number + 1].time if number + 1 < len(jobs) else math.inf
+        inside = [each for each in left if start.time <= each.time < until]
+        starts += [_as_one(inside[0], start) if inside else start, *inside[1:]]
+        left = [each for each in left if each not in inside]
+    return sorted([*starts, *left], key=lambda start: start.time)
+
+
+def _as_one(logged: Start, job: Start) -> Start:
+    end = job.end or logged.end
+    if job.end and logged.end and job.end.kind == logged.end.kind == FAILED:
+        end = End(FAILED, f"{job.end.reason}: {logged.end.reason}")
+    return replace(logged, nodes=job.nodes, end=end, job=job.job)

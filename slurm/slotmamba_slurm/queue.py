@@ -72,7 +72,7 @@ def _asked(command: Sequence[str]) -> Queue:
     return Queue(jobs, problems)
 
 
-def answer(command: Sequence[str], seconds: float = SECONDS) -> tuple[str, str | None]:
+def answer(command: Sequence[str]) -> tuple[str, str | None]:
     """What a command of Slurm's prints, and in one line why it has failed, if it has."""
     program = command[0]
     if shutil.which(program) is None:
@@ -88,11 +88,11 @@ def answer(command: Sequence[str], seconds: float = SECONDS) -> tuple[str, str |
         start_new_session=True,
     ) as process:
         try:
-            out, err = process.communicate(timeout=seconds)
+            out, err = process.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            return "", f"{program} does not answer within {seconds:g} seconds"
-    return out, one_line(err) or f"{program} has failed" if process.returncode else None
+            return "", f"{program} does not answer within {SECONDS:g} seconds"
+    return out, f"{program}: {one_line(err) or 'it has failed'}" if process.returncode else None
 
 
 def _job(line: str) -> QueuedJob:

@@ -13,27 +13,34 @@ _SCRIPT, _PICKLE = "_submission.sh", "_submitted.pkl"
 
 @dataclass(frozen=True)
 class RunJobs:
-    """slurm: ids of its jobs on Slurm; local: process numbers of submitit's controllers for cluster=local, on the
-    hosts where it was submitted; both in the order of their submission. recipes: what was submitted."""
+    """folder: of the files of the jobs; slurm: ids of those on Slurm; local: process numbers of submitit's controllers
+    for cluster=local, on the hosts where it was submitted; both in the order of their submission; recipes: what was
+    submitted."""
 
+    folder: Path
     slurm: list[str]
     local: list[int]
     recipes: list[Path]
 
-
-def local_state(run_dir: Path, number: int) -> str | None:
-    """The state of a job of cluster=local in Slurm's words; None where it has ended without a result, or elsewhere."""
-    if live_controllers(run_dir, [number]):
-        return "RUNNING"
-    results = [pickle.loads(path.read_bytes())[0] for path in (run_dir / "slurm").glob(f"{number}_*_result.pkl")]
-    return None if not results else "FAILED" if "error" in results else "COMPLETED"
+    def local_state(self) -> str | None:
+        """The state of the last one for cluster=local, in Slurm's words; None where it is unknown: there is none, it
+        has ended without a result, or runs on another host."""
+        if not self.local:
+            return None
+        if live_controllers(self.folder, self.local[-1:]):
+            return "RUNNING"
+        results = [pickle.loads(path.read_bytes())[0] for path in self.folder.glob(f"{self.local[-1]}_*_result.pkl")]
+        return None if not results else "FAILED" if "error" in results else "COMPLETED"
 
 
 def run_jobs(run_dir: Path) -> RunJobs:
     folder = run_dir / "slurm"
-    scripts = sorted(folder.glob(f"*{_SCRIPT}"), key=lambda path: path.stat().st_mtime)
-    pickles = sorted(folder.glob(f"*{_PICKLE}"), key=lambda path: path.stat().st_mtime)
-    slurm = [path.name.removesuffix(_SCRIPT) for path in scripts]
-    named = [path.name.removesuffix(_PICKLE) for path in pickles]
-    local = [int(name) for name in named if name.isdigit() and name not in slurm]
-    return RunJobs(slurm, local, list(folder.glob("submission-*/recipe.yaml")))
+    slurm = _numbers(folder, _SCRIPT)
+    local = [int(name) for name in _numbers(folder, _PICKLE) if name.isdigit() and name not in slurm]
+    return RunJobs(folder, slurm, local, list(folder.glob("submission-*/recipe.yaml")))
+
+
+def _numbers(folder: Path, suffix: str) -> list[str]:
+    """What stands before `suffix` in the names of files, oldest file first."""
+    files = sorted(folder.glob(f"*{suffix}"), key=lambda path: path.stat().st_mtime)
+    return [path.name.removesuffix(suffix) for path in files]

@@ -56,10 +56,9 @@ def cancel(ids: Sequence[str]) -> None:
         _run(["scancel", *ids])
 
 
-def live_controllers(run_dir: Path, numbers: Sequence[int]) -> list[int]:
-    """Of process numbers, those of controllers of cluster=local that run on this host for `run_dir`."""
-    folder = str((run_dir / "slurm").absolute()).encode()
-    return [number for number in numbers if _is_controller(number, folder)]
+def live_controllers(folder: Path, numbers: Sequence[int]) -> list[int]:
+    """Of process numbers, those of controllers of cluster=local that run on this host for jobs in `folder`."""
+    return [number for number in numbers if _is_controller(number, str(folder.absolute()).encode())]
 
 
 def _is_controller(number: int, folder: bytes) -> bool:
@@ -75,4 +74,4 @@ def _run(command: Sequence[str]) -> None:
     """Runs a command of Slurm's; that a job has ended meanwhile is no failure."""
     _, problem = answer(command)
     if problem is not None and not any(words in problem for words in _OVER):
-        raise InputError(f"{' '.join(command)}: {problem}")
+        raise InputError(f"{' '.join(command)}: {problem.removeprefix(f'{command[0]}: ')}")
