@@ -12,12 +12,29 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TrainJob:
-    """recipe: the file of the submission; cpus: cores of each task; requeue: whether a job that was stopped is to be
-    queued again."""
+    """What the tasks of a job have to know."""
 
     recipe: Path
+    """The file of the submission: RUN_DIR/slurm/submission-NNN/recipe.yaml."""
     cpus: int
+    """Cores of each task."""
+    processes: int
+    """Ranks of the training, which are spread evenly over the nodes."""
     requeue: bool
+    """Whether a job that was stopped, or whose training has failed, is to be queued again."""
+    max_retries: int
+    """How often in a row training that fails is tried again without a new checkpoint in between."""
+    signal_lead: int
+    """How many seconds before the end of its time Slurm tells it to save."""
+
+    @property
+    def run_dir(self) -> Path:
+        return self.recipe.parents[2]
+
+    @property
+    def submission(self) -> str:
+        """The name of the submission's folder."""
+        return self.recipe.parent.name
 
     def command(self) -> list[str]:
         return [sys.executable, "-u", "-m", "slotmamba.cli", "train", str(self.recipe)]
