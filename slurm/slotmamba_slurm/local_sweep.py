@@ -13,6 +13,7 @@ from slotmamba.config import Recipe
 from slotmamba.config.cells import Cell
 from slotmamba_slurm.executors import LocalTasks
 from slotmamba_slurm.job import TrainJob
+from slotmamba_slurm.jobs import note_job
 from slotmamba_slurm.resources import local_parameters
 from slotmamba_slurm.submission import job_folder
 from slotmamba_slurm.submit import said, sigint_ignored
@@ -64,6 +65,7 @@ class _LocalArray:
             with sigint_ignored():
                 job = executor.submit(train)
                 self._running.append((cell, job))
+            note_job(train.run_dir, job.job_id, "local", train.submission)
             print(f"  {cell.name}: job {job.job_id}, output {job.paths.stdout}", flush=True)
 
     def collect(self) -> None:

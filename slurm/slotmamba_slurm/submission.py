@@ -25,6 +25,10 @@ class Submission:
     folder: Path
 
     @property
+    def run_dir(self) -> Path:
+        return self.folder.parents[1]
+
+    @property
     def recipe(self) -> Path:
         return self.folder / "recipe.yaml"
 

@@ -16,6 +16,7 @@ from slotmamba.config.sweep_file import record_sweep
 from slotmamba.errors import InputError, one_line
 from slotmamba_slurm.executors import SlurmTasks
 from slotmamba_slurm.job import TrainJob
+from slotmamba_slurm.jobs import note_job
 from slotmamba_slurm.local_sweep import run_local
 from slotmamba_slurm.resources import local_parameters
 from slotmamba_slurm.submission import Submission, job_folder, write_recipe, write_submission
@@ -40,7 +41,7 @@ def submit_sweep(
     Raises:
         InputError: the recipe does not fit its nodes, or the cluster refuses the array; nothing was submitted.
     """
-    _check_cluster(cluster)
+    _check(sweep, cluster)
     cells = _left(sweep, left_out)
     if not cells:
         print(_summary(sweep, left_out))
@@ -55,8 +56,9 @@ def submit_sweep(
     record_sweep(sweep)
     if cluster == "slurm":
         array = _submit_array(sweep, jobs, submission)
-        for cell, job in zip(cells, array, strict=True):
-            _link_files(job, job_folder(cell.recipe))
+        for train, job in zip(jobs, array, strict=True):
+            _link_files(job, train.recipe.parents[1])
+            note_job(train.run_dir, job.job_id, "slurm", train.submission)
         _say_submitted(sweep, left_out, array)
         return 0
     print(_summary(sweep, left_out), flush=True)
@@ -71,7 +73,7 @@ def preview_sweep(sweep: Sweep, cluster: str, left_out: dict[str, list[Cell]], e
     Raises:
         InputError: as `submit_sweep`.
     """
-    _check_cluster(cluster)
+    _check(sweep, cluster)
     cells = _left(sweep, left_out)
     parts = [recipe_yaml(sweep.recipe)]
     listed = "\n".join([_summary(sweep, left_out), *(f"  {cell.name}" for cell in cells)])
@@ -87,7 +89,10 @@ def preview_sweep(sweep: Sweep, cluster: str, left_out: dict[str, list[Cell]], e
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
-def _check_cluster(cluster: str) -> None:
+def _check(sweep: Sweep, cluster: str) -> None:
+    chain = sweep.recipe.slurm.chain
+    if chain > 1:
+        raise InputError(f"slurm.chain={chain}: a sweep has no chains; the same command submits what is not finished")
     if cluster == "debug":
         raise InputError("cluster=debug is one run in this process, not a sweep: set cluster=local, or sweep=null")
     assert cluster in ("slurm", "local")
