@@ -250,17 +250,17 @@ def _submit(args: argparse.Namespace) -> int:
 
 def _submit_sweep(sweep: Sweep, cluster: str, dry_run: bool) -> int:
     from slotmamba.sweep_report import write_results
-    from slotmamba.sweep_results import is_finished
+    from slotmamba.sweep_results import not_to_submit
     from slotmamba_slurm.sweep import preview_sweep, submit_sweep
 
     if dry_run:
         from slotmamba.estimate import report_cells
 
-        print(preview_sweep(sweep, cluster, is_finished, report_cells(sweep)), end="")
+        print(preview_sweep(sweep, cluster, not_to_submit(sweep), report_cells(sweep)), end="")
         return DONE
     from slotmamba.environment import git_state
 
-    return submit_sweep(sweep, cluster, is_finished, write_results, git_state())
+    return submit_sweep(sweep, cluster, not_to_submit(sweep), write_results, git_state())
 
 
 def _train_file(recipe: Path) -> int:

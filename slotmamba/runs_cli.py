@@ -166,13 +166,11 @@ def _has_braille() -> bool:
 
 def _logs(args: argparse.Namespace) -> int:
     from slotmamba.runs.logs import RunLogs, follow, shown
-    from slotmamba_slurm.run_jobs import run_jobs
 
     path = _one_run(args.run)
     if args.lines is not None and args.lines < 0:
         raise InputError(f"--lines {args.lines}: expected a number of lines")
-    jobs = run_jobs(path)
-    logs = RunLogs(path, jobs.folder, jobs.numbers if jobs.of_a_cell else None, args.rank)
+    logs = RunLogs(path, path / "slurm", args.rank)
     so_far = shown(logs.new(last=not args.follow), args.rank is None)
     for line in so_far if args.lines is None else so_far[max(0, len(so_far) - args.lines) :]:
         print(line)

@@ -27,7 +27,7 @@ def _start(job: history.Start) -> Start:
 
 @dataclass(frozen=True)
 class LastJobs:
-    """For each run that Slurm knows jobs of, by its folder: the one that is under way, or waits, or else was the last.
+    """For each run that has known jobs, by its folder: the one that is under way, or waits, or else was the last.
 
     problems: a line for each question that Slurm did not answer.
     """
@@ -37,17 +37,15 @@ class LastJobs:
 
 
 def last_jobs(folders: Sequence[RunFolder]) -> LastJobs:
-    """Asks once for the jobs of all runs, and once more for those that have left the queue.
-
-    Raises:
-        InputError: the file of a sweep is damaged.
-    """
-    ids = {run.path: run_jobs(run.path).slurm for run in folders}
+    """Asks Slurm once for the jobs of all runs, and once more for those that have left the queue."""
+    of_runs = {run.path: run_jobs(run.path) for run in folders}
+    ids = {path: own.slurm for path, own in of_runs.items()}
     queue = ask_squeue([each for own in ids.values() for each in own])
     forgotten = [own[-1] for own in ids.values() if own and not any(each in queue.jobs for each in own)]
     accounts = Queue() if queue.problems else ask_sacct(forgotten)
     found = queue.jobs | accounts.jobs
-    jobs = {}
+    local = {path: state for path, own in of_runs.items() if (state := own.local_state()) is not None}
+    jobs = {path: Job(str(of_runs[path].local[-1]), state) for path, state in local.items()}
     for path, own in ids.items():
         known = [as_job(found[each]) for each in own if each in found]
         if known:

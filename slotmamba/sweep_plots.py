@@ -17,7 +17,7 @@ LOG_RATIO = 10  # of the largest to the least value, from which on an axis is lo
 
 
 def plot_sweep(results: SweepResults, folder: Path) -> list[Path]:
-    """Writes sweep.png, of cells that are done, and steps.png, of all; returns those for which there are values.
+    """Writes sweep.png, of cells that are finished, and steps.png, of all; returns those for which there are values.
 
     Raises:
         OSError: one cannot be written.
@@ -41,8 +41,8 @@ def _draw_over_key(axes: Axes, results: SweepResults, key: str) -> None:
     lines: dict[str, list[tuple[Any, float]]] = {}
     for cell in results.cells:
         value = cell.last(results.measure)
-        if cell.state == "done" and value is not None and key in cell.cell.settings:
-            lines.setdefault(_others(cell, key), []).append((cell.cell.settings[key], value))
+        if cell.is_finished and value is not None and key in cell.settings:
+            lines.setdefault(_others(cell, key), []).append((cell.settings[key], value))
     tried = [value for points in lines.values() for value, _ in points]
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in tried)
     for label, points in lines.items():
@@ -55,7 +55,7 @@ def _draw_over_key(axes: Axes, results: SweepResults, key: str) -> None:
 
 
 def _others(cell: CellResult, key: str) -> str:
-    return ", ".join(f"{name}={setting_text(value)}" for name, value in cell.cell.settings.items() if name != key)
+    return ", ".join(f"{name}={setting_text(value)}" for name, value in cell.settings.items() if name != key)
 
 
 def _draw_over_steps(axes: Axes, results: SweepResults) -> None:
@@ -63,5 +63,5 @@ def _draw_over_steps(axes: Axes, results: SweepResults) -> None:
         curve = cell.curves[results.measure]
         values = [math.nan if value is None else value for value in curve.values()]
         if curve:
-            axes.plot(list(curve), values, marker="o" if len(curve) == 1 else "", label=cell.cell.name)
+            axes.plot(list(curve), values, marker="o" if len(curve) == 1 else "", label=cell.name)
     axes.set_ylabel(results.measure)

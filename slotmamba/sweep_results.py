@@ -1,4 +1,4 @@
-"""What became of the cells of a sweep: from their metrics.jsonl, the files of their jobs and Slurm's queue."""
+"""What became of the cells of a sweep, each a run: their states, and what they measured, from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from slotmamba.config import Recipe
-from slotmamba.config.sweep_file import CellRecord, read_sweep
-from slotmamba.metrics import read_metrics
-from slotmamba_slurm import jobs
+from slotmamba.config.cells import Cell, Sweep
+from slotmamba.config.sweep import Settings
+from slotmamba.config.sweep_file import CellRecord, is_sweep, read_sweep
+from slotmamba.errors import InputError
+from slotmamba.runs.folder import RunFolder
+from slotmamba.runs.starts import FAILED, FINISHED
+from slotmamba.runs.status import CANCELLED, DEAD, UNDER_WAY, Job, Status, status
+from slotmamba.runs_jobs import last_jobs, open_run
 
 RECALL, VALIDATION, TRAINING = "recall", "validation loss", "training loss"
 MEANING = {
@@ -23,18 +28,35 @@ MEANING = {
 }
 Curve = dict[int, float | None]
 """Values of a measure by step; None where they were not finite."""
+IN_TROUBLE = (FAILED, CANCELLED, DEAD)
+DECISIVE = ("seed", "model", "data", "optim", "train")  # sections of a recipe: what it trains, not where
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """A cell with its state (done, failed, stopped, running, pending, ... as Slurm says it), what it measured, and the
-    output of its job."""
+    """A cell, the state of its run, what it measured, and where its jobs' output is."""
 
     cell: CellRecord
-    state: str
-    step: int
+    status: Status
     curves: dict[str, Curve]
-    output: Path | None
+
+    @property
+    def name(self) -> str:
+        return self.cell.name
+
+    @property
+    def settings(self) -> Settings:
+        return self.cell.settings
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status.state == FINISHED
+
+    @property
+    def output(self) -> Path | None:
+        """What the first task of its newest job wrote."""
+        outputs = (Path(self.status.path) / "slurm").glob("*_0_log.out")
+        return max(outputs, key=lambda path: path.stat().st_mtime, default=None)
 
     def last(self, measure: str) -> float | None:
         curve = self.curves[measure]
@@ -43,10 +65,11 @@ class CellResult:
 
 @dataclass(frozen=True)
 class SweepResults:
-    """The cells of a sweep as they are now."""
+    """The cells of a sweep as they are now; problems: a line for each question that Slurm did not answer."""
 
     name: str
     cells: tuple[CellResult, ...]
+    problems: list[str]
 
     @cached_property
     def measure(self) -> str:
@@ -55,83 +78,72 @@ class SweepResults:
 
     @cached_property
     def keys(self) -> list[str]:
-        return list(dict.fromkeys(key for cell in self.cells for key in cell.cell.settings))
+        return list(dict.fromkeys(key for cell in self.cells for key in cell.settings))
 
     @cached_property
     def ranked(self) -> list[CellResult]:
-        """Cells that are done come first, the best of them in front."""
+        """Cells that are finished come first, the best of them in front."""
 
-        def rank(cell: CellResult) -> tuple[bool, float, float]:
-            worst = float("inf")
-            values = [worst if value is None else value for value in map(cell.last, (self.measure, VALIDATION))]
-            return (
-                cell.state != "done",
-                -values[0] if self.measure == RECALL and values[0] < worst else values[0],
-                values[1],
-            )
+        def rank(cell: CellResult) -> tuple[bool, bool, float, float]:
+            value, loss = cell.last(self.measure), cell.last(VALIDATION)
+            least = 0.0 if value is None else -value if self.measure == RECALL else value
+            return not cell.is_finished, value is None, least, 0.0 if loss is None else loss
 
         return sorted(self.cells, key=rank)
 
 
-def is_done(run_dir: Path, steps: int, validates: bool) -> bool:
-    """Whether a run has made `steps` steps, validated after the last where it `validates`, and saved that."""
-    from slotmamba.checkpoint.manifest import committed_steps
-
-    path = run_dir / "metrics.jsonl"
-    records = read_metrics(path) if path.is_file() else []
-    if _last_step(records, "train") < steps or (validates and _last_step(records, "validation") < steps):
-        return False
-    return max(committed_steps(run_dir / "checkpoints"), default=0) >= steps
-
-
-def is_finished(recipe: Recipe) -> bool:
-    """Whether the run of a recipe is at its end."""
-    return is_done(recipe.run_path, recipe.train.total_steps, bool(recipe.data.validation))
-
-
-def sweep_results(folder: Path) -> SweepResults:
+def sweep_results(folder: Path, ended: Job | None = None) -> SweepResults:
     """
+    Args:
+        folder: of the sweep.
+        ended: a job of it that has ended as Slurm will say later: the one that asks.
+
     Raises:
-        InputError: a file in `folder` is damaged.
-        OSError: it is not the folder of a sweep, or Slurm does not answer.
+        InputError: sweep.json is damaged.
+        OSError: it is not the folder of a sweep, or a file cannot be read.
     """
     record = read_sweep(folder)
-    queue = jobs.queued_jobs() if record.in_slurm else {}
-    return SweepResults(record.name, tuple(_cell_result(folder, cell, queue) for cell in record.cells))
+    runs = [open_run(folder / cell.name) for cell in record.cells]
+    known = last_jobs(runs)
+    jobs = known.jobs
+    if ended is not None:
+        jobs = jobs | {path: ended for path, job in jobs.items() if job.id == ended.id}
+    cells = [
+        CellResult(cell, status(cell.name, run, jobs.get(run.path)), _curves(run.metrics[0]))
+        for cell, run in zip(record.cells, runs, strict=True)
+    ]
+    return SweepResults(record.name, tuple(cells), known.problems)
 
 
-def _cell_result(folder: Path, cell: CellRecord, queue: dict[str, str] | None) -> CellResult:
-    run_dir = folder / cell.name
-    path = run_dir / "metrics.jsonl"
-    records = read_metrics(path) if path.is_file() else []
-    state = "done" if is_done(run_dir, cell.steps, cell.validates) else _state(folder / "slurm", cell, queue)
-    output = jobs.output(folder / "slurm", cell.job) if cell.job is not None else None
-    return CellResult(cell, state, _last_step(records, "train"), _curves(records), output)
+def not_to_submit(sweep: Sweep) -> dict[str, list[Cell]]:
+    """The cells of a sweep that there is nothing to submit for, by the reason in words.
+
+    Raises:
+        InputError: Slurm does not say which are queued, or sweep.json is damaged.
+        OSError: a file cannot be read.
+    """
+    folder = sweep.recipe.run_path
+    results = sweep_results(folder) if is_sweep(folder) else SweepResults(sweep.recipe.name, (), [])
+    if results.problems:
+        raise InputError(f"{results.problems[0]}: whether cells are queued already is not known")
+    found = {cell.name: cell.status for cell in results.cells}
+    known = [(cell, found[cell.name].state) for cell in sweep.cells if cell.name in found]
+    return {
+        "already finished": [cell for cell, state in known if state == FINISHED and _is_as_trained(cell.recipe)],
+        "queued or running already": [cell for cell, state in known if state in UNDER_WAY],
+    }
 
 
-def _state(job_files: Path, cell: CellRecord, queue: dict[str, str] | None) -> str:
-    """Of a cell that is not done."""
-    if cell.job is None:
-        return "pending"
-    queued = queue.get(cell.job) if queue else None
-    result = jobs.result(job_files, cell.job)
-    if result is not None and queued != "PENDING":
-        return "failed" if result == "error" else "stopped"
-    if cell.host is not None:
-        return "running" if jobs.lives(cell.job, cell.host) else "failed"
-    if queue is None:
-        return "unknown"
-    return queued.lower() if queued else "failed"
-
-
-def _last_step(records: Sequence[dict[str, Any]], kind: str) -> int:
-    return max((record["step"] for record in records if record["kind"] == kind), default=0)
+def _is_as_trained(recipe: Recipe) -> bool:
+    """Whether the last start of a run was of this recipe, as far as it says what is trained."""
+    trained, wanted = RunFolder(recipe.run_path).recipe, recipe.model_dump(mode="json")
+    return all(trained.get(key) == wanted[key] for key in DECISIVE)
 
 
 def _curves(records: Sequence[dict[str, Any]]) -> dict[str, Curve]:
     validations: dict[int, list[dict[str, Any]]] = {}
     for record in records:
-        if record["kind"] == "validation":
+        if record.get("kind") == "validation":
             validations.setdefault(record["step"], []).append(record)
     recalls = {
         step: [[value for key, value in record.items() if key.startswith("recall/")] for record in at_step]
@@ -140,8 +152,8 @@ def _curves(records: Sequence[dict[str, Any]]) -> dict[str, Curve]:
     only_recall = all(values for at_step in recalls.values() for values in at_step)
     return {
         RECALL: {step: _mean(list(chain(*values))) for step, values in recalls.items()} if only_recall else {},
-        VALIDATION: {step: _mean([record["loss"] for record in at_step]) for step, at_step in validations.items()},
-        TRAINING: {record["step"]: record["loss"] for record in records if record["kind"] == "train"},
+        VALIDATION: {step: _mean([record.get("loss") for record in at_step]) for step, at_step in validations.items()},
+        TRAINING: {record["step"]: record.get("loss") for record in records if record.get("kind") == "train"},
     }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from slotmamba.config.duration import Duration
 from slotmamba.config.section import Section
@@ -25,6 +27,18 @@ class SlurmConfig(Section):
     requeue: bool = Field(
         True, description="Queue a job again that was preempted, ran into `time` or lost a node; it resumes."
     )
+    max_retries: int = Field(
+        2,
+        ge=0,
+        description="How often in a row training that fails is tried again without a new checkpoint in between; bad "
+        "input is not. Needs `requeue` or `chain`.",
+    )
+    chain: int = Field(
+        1,
+        ge=1,
+        description="Jobs submitted at once, each of which goes on when the one before has ended, where a site forbids "
+        "`requeue`; 1: no chain. Not for cluster=local.",
+    )
     array_parallelism: int | None = Field(
         None,
         ge=1,
@@ -34,3 +48,9 @@ class SlurmConfig(Section):
     setup: list[str] = Field(
         [], description="Lines of shell before the processes start, such as `module load cuda`; not for cluster=local."
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.chain > 1 and self.requeue:
+            raise ValueError(f"chain={self.chain} is for jobs that are not queued again: set requeue=false")
+        return self

@@ -61,6 +61,7 @@ def checked_sweep(sweep: Any, layers: Sequence[Layer], recipe: str) -> dict[str,
         problem = _problem(key, values, list(tried))
         if problem:
             lines.append(f"{origin_of(('sweep', key), layers, recipe)}: sweep.{key}: {problem}")
+            continue
         lines += [
             f"{layer.origin}: the sweep sets {key} in every cell; sweep.{key}=null takes it out of the sweep"
             for layer in layers

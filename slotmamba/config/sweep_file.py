@@ -1,12 +1,12 @@
-"""RUN_DIR/sweep.json, which says that a folder is that of a sweep, what its cells are, and which job each one has."""
+"""RUN_DIR/sweep.json, which says that a folder is that of a sweep, and what its cells are: runs in folders there."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from slotmamba.config.cells import Sweep
 from slotmamba.config.sweep import Settings
 from slotmamba.errors import InputError
 from slotmamba.files import write_text
@@ -16,34 +16,16 @@ NAME = "sweep.json"
 
 @dataclass(frozen=True)
 class CellRecord:
-    """A cell that was submitted.
-
-    name: of its folder; settings: keys and values; steps: of the run; validates: whether it ends with validation;
-    job: number of its newest job; host: where that is a process, with cluster=local.
-    """
+    """name: of the folder; settings: keys and values."""
 
     name: str
     settings: Settings
-    steps: int
-    validates: bool
-    job: str | None
-    host: str | None
 
 
 @dataclass(frozen=True)
 class SweepRecord:
     name: str
     cells: tuple[CellRecord, ...]
-
-    @property
-    def in_slurm(self) -> bool:
-        """Whether Slurm knows some of its jobs."""
-        return any(cell.job is not None and cell.host is None for cell in self.cells)
-
-    def with_cells(self, cells: Sequence[CellRecord]) -> SweepRecord:
-        """The same with cells added, or replaced by those of the same name."""
-        merged = {cell.name: cell for cell in (*self.cells, *cells)}
-        return SweepRecord(self.name, tuple(merged.values()))
 
 
 def is_sweep(folder: Path) -> bool:
@@ -65,5 +47,10 @@ def read_sweep(folder: Path) -> SweepRecord:
         raise InputError(f"{path}: expected what `slotmamba submit` wrote: {error}") from None
 
 
-def write_sweep(folder: Path, record: SweepRecord) -> None:
+def record_sweep(sweep: Sweep) -> None:
+    """Writes the cells of a sweep, after those that were submitted before it with other values."""
+    folder = sweep.recipe.run_path
+    before = read_sweep(folder).cells if is_sweep(folder) else ()
+    cells = {cell.name: cell for cell in (*before, *(CellRecord(cell.name, cell.settings) for cell in sweep.cells))}
+    record = SweepRecord(sweep.recipe.name, tuple(cells.values()))
     write_text(folder / NAME, json.dumps(asdict(record), indent=2) + "\n")

@@ -77,8 +77,7 @@ def find_run(name: str) -> Path:
 
 def _submissions(path: Path) -> list[Path]:
     """Their recipes, oldest first."""
-    own = sorted((path / "slurm").glob("submission-*/recipe.yaml"))
-    return own or sorted((path.parent / "slurm").glob(f"submission-*/cells/{path.name}.yaml"))
+    return sorted((path / "slurm").glob("submission-*/recipe.yaml"))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import heapq
 import re
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ POLL_SECONDS = 0.3
 QUESTION_SECONDS = 3.0
 _TIMED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) [A-Z]+ [\w.]+: (.*)")
 _RANK_LOG = re.compile(r"rank-(\d{5,})\.log")
-_OUTPUT = re.compile(r"(\d+(?:_\d+)?)_(\d+)_log\.(?:out|err)")
+_OUTPUT = re.compile(r"\d+(?:_\d+)?_(\d+)_log\.(?:out|err)")
 
 Timed = tuple[str, int, str]
 """Time as the log has it, rank, line."""
@@ -53,13 +53,11 @@ class _Tail:
 class RunLogs:
     """The logs of a run; each call of `new` returns what was written since the one before.
 
-    jobs: the folder of the outputs of its jobs; cell: of these jobs only, where the folder is that of a sweep; rank: of
-    this rank only.
+    jobs: the folder of the outputs of its jobs; rank: of this rank only.
     """
 
     run_dir: Path
     jobs: Path
-    cell: Sequence[str] | None = None
     rank: int | None = None
     _logs: dict[Path, _Tail] = field(default_factory=dict)
     _outputs: dict[Path, _Tail] = field(default_factory=dict)
@@ -87,8 +85,8 @@ class RunLogs:
                 self._logs.setdefault(path, _Tail(path, int(found[1])))
         for path in sorted(self.jobs.glob("*_log.*")):
             found = _OUTPUT.fullmatch(path.name)
-            if found and (self.cell is None or found[1] in self.cell) and self.rank in (None, int(found[2])):
-                self._outputs.setdefault(path, _Tail(path, int(found[2])))
+            if found and self.rank in (None, int(found[1])):
+                self._outputs.setdefault(path, _Tail(path, int(found[1])))
 
     def _logged(self, tail: _Tail, last: bool) -> list[Timed]:
         """Lines of a log; those without a time, as of a traceback, have that of the line before."""

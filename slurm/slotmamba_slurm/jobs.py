@@ -1,51 +1,46 @@
-"""What became of jobs: what the queue says, and what their tasks left behind. Needs neither submitit nor Slurm."""
+"""The jobs that were submitted for a run: RUN_DIR/slurm/jobs.jsonl, one JSON object a line, in their order."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import shutil
-import socket
-import subprocess
+import json
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from slotmamba.errors import one_line
-
-SECONDS = 60
+from typing import Literal
 
 
-def queued_jobs() -> dict[str, str] | None:
-    """State, such as RUNNING, of each of the user's jobs in the queue, cells of arrays as `12_3`; None without Slurm.
-
-    Raises:
-        OSError: the controller does not answer.
-    """
-    if shutil.which("squeue") is None:
-        return None
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%i %T"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    if done.returncode:
-        raise OSError(None, f"squeue fails: {one_line(done.stderr)}")
-    return dict(line.split() for line in done.stdout.splitlines())
+@dataclass(frozen=True)
+class SubmittedJob:
+    job: str
+    """Slurm's number of it; on this machine the number of the process."""
+    cluster: Literal["slurm", "local"]
+    submission: str
+    """The folder beside jobs.jsonl, such as submission-001. The jobs of a chain have the same one."""
+    time: float
+    """Seconds since 1970."""
 
 
-def lives(job: str, host: str) -> bool:
-    """Whether a job of cluster=local, which is a process, still runs on its host, as far as this one can tell."""
-    if host != socket.gethostname():
-        return False
+def note_job(run_dir: Path, job: str, cluster: Literal["slurm", "local"], submission: str) -> None:
+    """Appends a job that has just been submitted."""
+    with _file(run_dir).open("a") as file:
+        file.write(json.dumps(asdict(SubmittedJob(job, cluster, submission, time.time()))) + "\n")
+
+
+def submitted_jobs(run_dir: Path) -> list[SubmittedJob]:
+    """All jobs of a run, whether they wait, run or have ended; none where it was never submitted."""
     try:
-        os.kill(int(job), 0)
-    except (ProcessLookupError, PermissionError):  # ended, and maybe its number is another user's now
-        return False
-    return True
+        lines = _file(run_dir).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [SubmittedJob(**json.loads(line)) for line in lines]
 
 
-def result(folder: Path, job: str) -> str | None:
-    """`success` or `error`, as the tasks of a job say; None where they have not ended or were killed."""
-    found = [pickle.loads(path.read_bytes())[0] for path in folder.glob(f"{job}_*_result.pkl")]
-    return None if not found else "error" if "error" in found else "success"
+def rest_of_chain(run_dir: Path, job: str) -> list[str]:
+    """The jobs that were submitted to go on after `job`."""
+    jobs = submitted_jobs(run_dir)
+    own = next((index for index, each in enumerate(jobs) if each.job == job), len(jobs))
+    return [each.job for each in jobs[own + 1 :] if each.submission == jobs[own].submission]
 
 
-def output(folder: Path, job: str) -> Path:
-    """Where the first task of a job writes."""
-    return folder / f"{job}_0_log.out"
+def _file(run_dir: Path) -> Path:
+    return run_dir / "slurm" / "jobs.jsonl"

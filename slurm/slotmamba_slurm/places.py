@@ -1,21 +1,17 @@
-"""Where a task runs: which process of which job it is, where the processes meet, and how the job is queued again."""
+"""Where a task runs: which process of which job it is and where the processes meet."""
 
 from __future__ import annotations
 
 import os
-import re
-import signal
-import subprocess
 import tempfile
 from abc import abstractmethod
 from pathlib import Path
 
 from submitit.core.job_environment import JobEnvironment
-from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, LocalJobEnvironment
+from submitit.local.local import LocalJobEnvironment
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 FIRST_PORT, PORTS = 20_000, 10_000
-SCONTROL_SECONDS = 60
 
 
 class Place(JobEnvironment):
@@ -25,10 +21,6 @@ class Place(JobEnvironment):
     @abstractmethod
     def main_host(self) -> str:
         """The host of rank 0."""
-
-    @abstractmethod
-    def end_stopped(self, requeue: bool) -> int:
-        """Has the job queued again if it should be, and returns the task's exit code."""
 
     @property
     def rendezvous(self) -> str:
@@ -64,51 +56,8 @@ class SlurmPlace(Place, SlurmJobEnvironment):
         assert os.environ.get("SLURM_JOB_NODELIST"), "Slurm has not set SLURM_JOB_NODELIST"
         return str(self.hostnames[0])
 
-    def end_stopped(self, requeue: bool) -> int:
-        if self.global_rank != 0:
-            return 0
-        job = self._scontrol("show", "job")
-        state = _value(job, "JobState")
-        if state != "RUNNING":  # Slurm is about to queue it again, or it was cancelled
-            print(f"job {self.job_id} is {state}: Slurm decides what becomes of it", flush=True)
-        elif requeue and _value(job, "Requeue") == "1":
-            self._scontrol("requeue")
-            print(f"job {self.job_id} is queued again", flush=True)
-        else:
-            print(f"job {self.job_id} is not queued again, as was asked; submit it again to resume", flush=True)
-        return 0
-
-    def _scontrol(self, *command: str) -> str:
-        """Runs a command of scontrol on this job."""
-        done = subprocess.run(
-            ["scontrol", *command, self.job_id],
-            capture_output=True,
-            text=True,
-            timeout=SCONTROL_SECONDS,
-            preexec_fn=_outlive_the_step,
-        )
-        if done.returncode:
-            raise RuntimeError(f"scontrol {' '.join(command)} {self.job_id}: {done.stderr.strip()}")
-        return done.stdout
-
 
 class LocalPlace(Place, LocalJobEnvironment):
     @property
     def main_host(self) -> str:
         return "127.0.0.1"
-
-    def end_stopped(self, requeue: bool) -> int:
-        """The exit code tells submitit's controller to start all tasks again, which it does five times."""
-        return LOCAL_REQUEUE_RETURN_CODE if requeue else 0
-
-
-def _value(job: str, name: str) -> str:
-    """A value in what `scontrol show job` says."""
-    found = re.search(rf"\b{name}=(\S+)", job)
-    assert found, job
-    return found[1]
-
-
-def _outlive_the_step() -> None:
-    """The SIGTERM that a requeue sends to every process of the step would end the scontrol that asked for it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -55,7 +55,9 @@ def slurm_parameters(recipe: Recipe) -> dict[str, Any]:
         "wckey": None,  # submitit would set one of its own, which a cluster may not know
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue" if slurm.requeue else "no-requeue": True},
-        "srun_args": [f"--cpus-per-task={slurm.cpus_per_task}"],  # which srun does not take over from the job
+        # srun does not take over the first from the job; the second, against a site's KillOnBadExit, leaves the task
+        # of rank 0 the time to have the job queued again when the others have failed.
+        "srun_args": [f"--cpus-per-task={slurm.cpus_per_task}", "--kill-on-bad-exit=0"],
     }
     return {name: value for name, value in parameters.items() if value is not None or name == "wckey"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from slotmamba.errors import InputError
 from slotmamba_slurm.queue import answer
 
-_CONTROLLER = "submitit.local._local"
+_CONTROLLER = "slotmamba_slurm.controller"
 _OVER = ("already finished", "already completing or completed", "Invalid job id specified")
 
 

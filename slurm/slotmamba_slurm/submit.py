@@ -16,10 +16,13 @@ from submitit import DebugExecutor, Job
 from submitit.core.utils import FailedJobError
 
 from slotmamba.config import Recipe, recipe_yaml
+from slotmamba.config.duration import seconds
 from slotmamba.errors import InputError, one_line
 from slotmamba_slurm.executors import LocalTasks, SlurmTasks
 from slotmamba_slurm.job import TrainJob
+from slotmamba_slurm.jobs import note_job
 from slotmamba_slurm.resources import local_parameters, processes_per_node, slurm_parameters
+from slotmamba_slurm.slurm_job import SlurmError, SlurmJob
 from slotmamba_slurm.submission import Submission, job_folder, write_submission
 
 CLUSTERS = ("slurm", "local", "debug")
@@ -96,16 +99,38 @@ def slurm_executor(recipe: Recipe, submission: Submission) -> SlurmTasks:
 
 def _submit_to_slurm(recipe: Recipe, git: dict[str, Any] | None) -> int:
     checked(slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN")).script())
-    submission = write_submission(recipe, git)
-    try:
-        job = slurm_executor(recipe, submission).submit(_job(recipe, submission))
-    except FailedJobError as error:
-        raise InputError(f"sbatch has failed: {one_line(error)}") from None
+    first, *others = _submit_chain(recipe, write_submission(recipe, git))
     nodes, size = recipe.slurm.nodes, recipe.parallel.size
-    print(f"{recipe.name}: job {job.job_id} on {count_of(nodes, 'node')}: {count_of(size, 'process', 'es')}")
+    print(f"{recipe.name}: job {first.job_id} on {count_of(nodes, 'node')}: {count_of(size, 'process', 'es')}")
+    if others:
+        print(f"  goes on as  {', '.join(job.job_id for job in others)}, each when the one before has ended")
     print(f"  run folder  {recipe.run_path}")
-    print(f"  output      {job.paths.stdout}")
+    print(f"  output      {first.paths.stdout}")
     return 0
+
+
+def _submit_chain(recipe: Recipe, submission: Submission) -> list[Job[None]]:
+    """The jobs of `slurm.chain`: all or none of them.
+
+    The first one is held until all are there, for it cancels the others when it fails or finishes.
+    """
+    jobs: list[Job[None]] = []
+    try:
+        for number in range(recipe.slurm.chain):
+            executor = slurm_executor(recipe, submission)
+            if recipe.slurm.chain > 1:
+                place = {"dependency": f"afterany:{jobs[-1].job_id}"} if number else {"hold": True}
+                executor.parameters["additional_parameters"] |= place
+            jobs.append(executor.submit(train_job(recipe, submission)))
+        for job in jobs:
+            note_job(submission.run_dir, job.job_id, "slurm", submission.folder.name)
+        if len(jobs) > 1:
+            SlurmJob(jobs[0].job_id).release()
+    except (FailedJobError, SlurmError) as error:
+        for job in jobs:
+            job.cancel()
+        raise InputError(f"sbatch has failed: {one_line(error)}") from None
+    return jobs
 
 
 def _run_local(recipe: Recipe, git: dict[str, Any] | None) -> int:
@@ -115,7 +140,8 @@ def _run_local(recipe: Recipe, git: dict[str, Any] | None) -> int:
     executor.code = submission.code
     executor.update_parameters(**parameters)
     with sigint_ignored():
-        job = executor.submit(_job(recipe, submission))
+        job = executor.submit(train_job(recipe, submission))
+    note_job(submission.run_dir, job.job_id, "local", submission.folder.name)
     processes = count_of(recipe.parallel.size, "process", "es")
     print(f"{recipe.name}: job {job.job_id} on this machine: {processes}", flush=True)
     print(f"  run folder  {recipe.run_path}")
@@ -131,7 +157,8 @@ def _run_local(recipe: Recipe, git: dict[str, Any] | None) -> int:
 def said(job: Job[None]) -> list[str]:
     """Why a job of this machine failed: the lines of its output that say so, or the last one."""
     lines = job.paths.stdout.read_text(errors="replace").splitlines()
-    return [line for line in lines if line.startswith("error: ")] or lines[-1:]
+    errors = dict.fromkeys(line for line in lines if line.startswith("error: "))  # each retry says it again
+    return list(errors) or lines[-1:]
 
 
 def _run_debug(recipe: Recipe, train: Train, git: dict[str, Any] | None) -> int:
@@ -146,8 +173,18 @@ def _check_debug(recipe: Recipe) -> None:
         raise InputError(f"cluster=debug is one process, the recipe asks for {recipe.parallel.size}: set cluster=local")
 
 
-def _job(recipe: Recipe, submission: Submission) -> TrainJob:
-    return TrainJob(submission.recipe, recipe.slurm.cpus_per_task, recipe.slurm.requeue)
+def train_job(recipe: Recipe, submission: Submission, sweep: Path | None = None) -> TrainJob:
+    """`sweep`: the folder of the sweep of which the run is a cell."""
+    slurm = recipe.slurm
+    return TrainJob(
+        submission.recipe,
+        cpus=slurm.cpus_per_task,
+        processes=recipe.parallel.size,
+        requeue=slurm.requeue,
+        max_retries=slurm.max_retries,
+        signal_lead=seconds(slurm.signal_lead),
+        sweep=sweep,
+    )
 
 
 def count_of(number: int, noun: str, plural: str = "s") -> str:

@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
+
+from slotmamba_slurm.job import TrainJob
 
 SECONDS = 300
 
 
-def write_sweep_results(folder: Path) -> None:
-    """Says in one line where that fails; the cell has ended as it has."""
-    command = [sys.executable, "-m", "slotmamba.sweep_report", str(folder)]
+def write_sweep_results(job: TrainJob, number: str, state: str) -> None:
+    """Nothing for a run that is no cell. Where it fails that is said and changes nothing: the cell has ended as it has.
+
+    Args:
+        job: of the cell.
+        number: Slurm's of the job.
+        state: in which Slurm will find it ended.
+    """
+    folder = job.sweep
+    if folder is None:
+        return
+    command = [sys.executable, "-m", "slotmamba.sweep_report", str(folder), number, state]
     try:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:

@@ -65,10 +65,8 @@ def test_what_comes_later(tmp_path: Path) -> None:
     assert shown(logs.new(last=True), prefixed=False) == ["no end"]
 
 
-def test_one_rank_and_one_cell(tmp_path: Path) -> None:
+def test_one_rank(tmp_path: Path) -> None:
     for rank in (0, 1):
-        write(tmp_path / "cell" / f"x{rank}")
         write(tmp_path / "slurm" / f"7_1_{rank}_log.out", f"mine {rank}")
-        write(tmp_path / "slurm" / f"7_2_{rank}_log.out", f"another's {rank}")
-    logs = RunLogs(tmp_path / "cell", tmp_path / "slurm", cell=["7_1"], rank=1)
+    logs = RunLogs(tmp_path, tmp_path / "slurm", rank=1)
     assert shown(logs.new(), prefixed=False) == ["mine 1"]
