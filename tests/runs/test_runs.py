@@ -16,6 +16,7 @@ import pytest
 
 from slotmamba.cli import main
 from slotmamba_slurm import queue
+from slotmamba_slurm.jobs import note_job
 from tests.runs.commands import listed, said
 from tests.slurm.jobs import arguments, cli, step, until
 from tests.train.runs import committed, fails, records
@@ -206,7 +207,7 @@ def with_a_job(runs: Path, run: Path) -> Path:
     shutil.copytree(runs / "finished", run)
     (run / "slurm" / "submission-001").mkdir(parents=True)
     shutil.copy(run / "recipe.yaml", run / "slurm" / "submission-001")
-    (run / "slurm" / "1234_submission.sh").touch()
+    note_job(run, "1234", "slurm", "submission-001")
     return run
 
 
