@@ -52,6 +52,12 @@ def stop_runs(runs: Mapping[str, Path], now: bool) -> None:
         _wait(stoppings)
 
 
+def keep_from_starting(runs: Sequence[Path]) -> None:
+    """Tells whoever is to start runs not to: with cluster=local a cell of a sweep has no job before its turn."""
+    for path in runs:
+        jobs_stop.keep_from_starting_again(run_jobs(path).recipes, [])
+
+
 def _wait(stoppings: Sequence[Stopping]) -> None:
     """Asks until all have ended, and says what they do meanwhile."""
     unsaved = []

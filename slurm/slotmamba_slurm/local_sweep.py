@@ -46,7 +46,7 @@ class _LocalArray:
         self._at_a_time = shared.slurm.array_parallelism or 1
         self._code = code
         self._waiting = deque(cells)
-        self._running: list[tuple[Cell, Job[None]]] = []
+        self._running: list[tuple[Cell, TrainJob, Job[None]]] = []
         self._count = len(cells)
         self._ended = 0
         self.failed = False
@@ -59,23 +59,27 @@ class _LocalArray:
         """Starts the cells that there is room for."""
         while self._waiting and len(self._running) < self._at_a_time:
             cell, train = self._waiting.popleft()
+            if train.stop_file.exists():  # `slotmamba runs stop` is for all cells
+                print(f"stopped: {1 + len(self._waiting)} cells are not started", flush=True)
+                self._waiting.clear()
+                return
             executor = LocalTasks(job_folder(cell.recipe))
             executor.code = self._code
             executor.update_parameters(**self._parameters)
             with sigint_ignored():
                 job = executor.submit(train)
-                self._running.append((cell, job))
+                self._running.append((cell, train, job))
             note_job(train.run_dir, job.job_id, "local", train.submission)
             print(f"  {cell.name}: job {job.job_id}, output {job.paths.stdout}", flush=True)
 
     def collect(self) -> None:
         """Says which cells have ended, and how."""
-        for cell, job in [each for each in self._running if each[1].done()]:
-            self._running.remove((cell, job))
+        for cell, train, job in [each for each in self._running if each[2].done()]:
+            self._running.remove((cell, train, job))
             self._ended += 1
-            failed = job.exception() is not None
-            print(f"  {cell.name}: {'failed' if failed else 'ended'} ({self._ended} of {self._count})", flush=True)
-            if failed:
+            how = "ended" if job.exception() is None else "stopped" if train.stop_file.exists() else "failed"
+            print(f"  {cell.name}: {how} ({self._ended} of {self._count})", flush=True)
+            if how == "failed":
                 self.failed = True
                 for line in said(job):
                     print(line, file=sys.stderr)
