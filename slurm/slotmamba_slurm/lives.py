@@ -61,10 +61,10 @@ class SlurmLife(Life):
             self.history.ended("stopped", code, None, stop.signal)
             self._ended_by_slurm(queued_again=int(fields["Restarts"]) > self.restart)
             return STOPPED
-        self.history.ended("stopped", code, why_told_to_stop(fields, stop, self.job.signal_lead), stop.signal)
-        if (
-            self.job.may_start_again and fields["Requeue"] == "1"
-        ):  # `scontrol update job=... requeue=0` has the last word
+        reason = self.asked_by_hand() or why_told_to_stop(fields, stop, self.job.signal_lead)
+        self.history.ended("stopped", code, reason, stop.signal)
+        # `scontrol update job=... requeue=0` has the last word.
+        if self.job.may_start_again and fields["Requeue"] == "1":
             return self.queue_again()
         print(f"job {number} is not queued again, as was asked; submit it again to resume", flush=True)
         self.hand_on()
@@ -121,7 +121,8 @@ class LocalLife(Life):
         """Nobody has more to say."""
 
     def stopped(self, code: int, stop: Stop) -> int:
-        self.history.ended("stopped", code, f"told to stop by {stop.signal}", stop.signal)
+        reason = self.asked_by_hand() or f"told to stop by {stop.signal}"
+        self.history.ended("stopped", code, reason, stop.signal)
         return self.queue_again() if self.job.may_start_again else STOPPED
 
     def queue_again(self) -> int:
