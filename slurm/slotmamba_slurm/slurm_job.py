@@ -44,8 +44,8 @@ class SlurmJob:
         _run("scontrol", "release", self.number)
 
     def cancel_pending(self) -> None:
-        """Cancels it unless it has started."""
-        _run("scancel", "--state=PENDING", self.number)
+        """Cancels it, which has not started. With `--state=PENDING` scancel takes all jobs of an array that wait."""
+        _run("scancel", self.number)
 
     def state_of_start(self, time: float) -> str | None:
         """How its start that ran at `time` has ended, by Slurm's accounts (`sacct`); None: they do not know it, or it

@@ -19,6 +19,7 @@ from slotmamba_slurm.job import TrainJob
 from slotmamba_slurm.jobs import note_job
 from slotmamba_slurm.local_sweep import run_local
 from slotmamba_slurm.resources import local_parameters
+from slotmamba_slurm.slurm_job import SlurmError, SlurmJob
 from slotmamba_slurm.submission import Submission, job_folder, write_recipe, write_submission
 from slotmamba_slurm.submit import checked, count_of, slurm_executor, train_job
 
@@ -41,7 +42,7 @@ def submit_sweep(
     Raises:
         InputError: the recipe does not fit its nodes, or the cluster refuses the array; nothing was submitted.
     """
-    _check(sweep, cluster)
+    _check_cluster(cluster)
     cells = _left(sweep, left_out)
     if not cells:
         print(_summary(sweep, left_out))
@@ -55,11 +56,8 @@ def submit_sweep(
     jobs = [_cell_job(sweep, cell) for cell in cells]
     record_sweep(sweep)
     if cluster == "slurm":
-        array = _submit_array(sweep, jobs, submission)
-        for train, job in zip(jobs, array, strict=True):
-            _link_files(job, train.recipe.parents[1])
-            note_job(train.run_dir, job.job_id, "slurm", train.submission)
-        _say_submitted(sweep, left_out, array)
+        arrays = _submit_arrays(sweep, jobs, submission)
+        _say_submitted(sweep, left_out, arrays)
         return 0
     print(_summary(sweep, left_out), flush=True)
     ended_well = run_local(_shared(sweep), list(zip(cells, jobs, strict=True)), submission.code)
@@ -73,7 +71,7 @@ def preview_sweep(sweep: Sweep, cluster: str, left_out: dict[str, list[Cell]], e
     Raises:
         InputError: as `submit_sweep`.
     """
-    _check(sweep, cluster)
+    _check_cluster(cluster)
     cells = _left(sweep, left_out)
     parts = [recipe_yaml(sweep.recipe)]
     listed = "\n".join([_summary(sweep, left_out), *(f"  {cell.name}" for cell in cells)])
@@ -89,10 +87,7 @@ def preview_sweep(sweep: Sweep, cluster: str, left_out: dict[str, list[Cell]], e
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
-def _check(sweep: Sweep, cluster: str) -> None:
-    chain = sweep.recipe.slurm.chain
-    if chain > 1:
-        raise InputError(f"slurm.chain={chain}: a sweep has no chains; the same command submits what is not finished")
+def _check_cluster(cluster: str) -> None:
     if cluster == "debug":
         raise InputError("cluster=debug is one run in this process, not a sweep: set cluster=local, or sweep=null")
     assert cluster in ("slurm", "local")
@@ -131,11 +126,36 @@ def _array_script(sweep: Sweep, cells: list[Cell]) -> str:
     return executor.script()
 
 
-def _submit_array(sweep: Sweep, jobs: list[TrainJob], submission: Submission) -> list[Job[None]]:
+def _submit_arrays(sweep: Sweep, jobs: list[TrainJob], submission: Submission) -> list[list[Job[None]]]:
+    """The arrays of `slurm.chain`, one as a rule: all or none of them. Each goes on with the cells that the one before
+    has left unfinished.
+
+    The first one is held until all are there, for its jobs cancel their likes in the others when they fail or finish.
+    """
+    chain = sweep.recipe.slurm.chain
+    arrays: list[list[Job[None]]] = []
     try:
-        return _array_executor(sweep, len(jobs), submission).submit_array(jobs)
-    except FailedJobError as error:
+        for number in range(chain):
+            executor = _array_executor(sweep, len(jobs), submission)
+            if chain > 1:
+                waits = {"dependency": f"afterany:{_number(arrays[-1])}"} if number else {"hold": True}
+                executor.parameters["additional_parameters"] |= waits
+            arrays.append(executor.submit_array(jobs))
+        for array in arrays:
+            for train, job in zip(jobs, array, strict=True):
+                _link_files(job, train.run_dir / "slurm")
+                note_job(train.run_dir, job.job_id, "slurm", train.submission)
+        if chain > 1:
+            SlurmJob(_number(arrays[0])).release()
+    except (FailedJobError, SlurmError) as error:
+        for job in (job for array in arrays for job in array):
+            job.cancel()
         raise InputError(f"sbatch has failed: {one_line(error)}") from None
+    return arrays
+
+
+def _number(array: list[Job[None]]) -> str:
+    return array[0].job_id.partition("_")[0]
 
 
 def _link_files(job: Job[None], folder: Path) -> None:
@@ -147,13 +167,16 @@ def _link_files(job: Job[None], folder: Path) -> None:
         (folder / name).symlink_to(os.path.relpath(path, folder))
 
 
-def _say_submitted(sweep: Sweep, left_out: dict[str, list[Cell]], array: list[Job[None]]) -> None:
-    recipe, folder = _shared(sweep), sweep.recipe.run_path
+def _say_submitted(sweep: Sweep, left_out: dict[str, list[Cell]], arrays: list[list[Job[None]]]) -> None:
+    recipe, folder, count = _shared(sweep), sweep.recipe.run_path, len(arrays[0])
     most = recipe.slurm.array_parallelism
-    at_a_time = f", {most} at a time" if most is not None and most < len(array) else ""
+    at_a_time = f", {most} at a time" if most is not None and most < count else ""
     nodes, processes = count_of(recipe.slurm.nodes, "node"), count_of(recipe.parallel.size, "process", "es")
+    first, *others = map(_number, arrays)
     print(_summary(sweep, left_out))
-    print(f"  job {array[0].job_id.partition('_')[0]}: {count_of(len(array), 'cell')}{at_a_time}")
+    print(f"  job {first}: {count_of(count, 'cell')}{at_a_time}")
+    if others:
+        print(f"  goes on as  {', '.join(others)}, each when all cells of the one before have ended")
     print(f"  each on {nodes}: {processes}")
     print(f"  run folder  {folder}, a folder in it for each cell")
     print(f"  results     {folder / 'results.txt'}, written anew whenever a cell ends")
