@@ -138,7 +138,8 @@ def test_jobs_that_fail(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.Ca
 
 def test_a_job_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With cluster=local, a stopped job would start again."""
-    command = ["submit", *arguments(tmp_path, "cluster=local", LONG)]
+    # The time limit is for a test that fails, which would leave the job behind.
+    command = ["submit", *arguments(tmp_path, "cluster=local", LONG, "train.time_limit=2m")]
     process = cli(*command)
     try:
         until(lambda: step(tmp_path) >= 2)
