@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from slotmamba.errors import InputError, suggestion
 from slotmamba.outcome import DONE, FAILURE, outcome
+from slotmamba.runs_cli import add_runs_commands
 from slotmamba_data.cli import add_data_commands
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from slotmamba.config import Recipe
+    from slotmamba.config.cells import Sweep
     from slotmamba_data.inspect_cli import PlannedRun
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -73,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_submit(commands)
     _add_generate(commands)
     _add_evaluate(commands)
+    add_runs_commands(commands)
     add_data_commands(commands, _planned)
     _add_doctor(commands)
     return parser
@@ -157,6 +160,12 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
     return load_recipe(args.recipe, args.overrides)
 
 
+def _load_sweep(args: argparse.Namespace) -> Sweep:
+    from slotmamba.config.cells import load_sweep
+
+    return load_sweep(args.recipe, args.overrides)
+
+
 def _planned(name: str, overrides: Sequence[str]) -> PlannedRun:
     """The data of a recipe, for `data inspect`."""
     from slotmamba.config import load_recipe
@@ -174,6 +183,11 @@ def _planned(name: str, overrides: Sequence[str]) -> PlannedRun:
 
 def _train(args: argparse.Namespace) -> int:
     recipe = _load_recipe(args)  # before the slow import: a wrong key should show at once
+    if recipe.sweep is not None:
+        raise InputError(
+            f"{recipe.name} is a sweep over {', '.join(recipe.sweep)}: `slotmamba submit` trains it, with "
+            "cluster=local on this machine; sweep=null is the recipe without it"
+        )
     if args.seed_checkpoint:
         from slotmamba.seed_checkpoint import write_seed_checkpoint
 
@@ -203,17 +217,23 @@ def _validate(args: argparse.Namespace) -> int:
     recipe = _load_recipe(args)
     if args.print:
         print(recipe_yaml(recipe), end="")
-    print(f"{recipe.name}: ok")
-    for line in missing_data(recipe):
+    cells = _load_sweep(args).cells if recipe.sweep is not None else ()
+    print(f"{recipe.name}: ok{f', a sweep of {len(cells)} cells' if cells else ''}")
+    for cell in cells:
+        print(f"  {cell.name}")
+    for line in dict.fromkeys(
+        line for each in [recipe, *(cell.recipe for cell in cells)] for line in missing_data(each)
+    ):
         print(f"to be made before training: {line}")
     return DONE
 
 
 def _estimate(args: argparse.Namespace) -> int:
     recipe = _load_recipe(args)
-    from slotmamba.estimate import report
+    sweep = _load_sweep(args) if recipe.sweep is not None else None
+    from slotmamba.estimate import report, report_cells
 
-    print(report(recipe))
+    print(report(recipe) if sweep is None else report_cells(sweep))
     return DONE
 
 
@@ -233,6 +253,8 @@ def _submit(args: argparse.Namespace) -> int:
         args.overrides += fill.overrides
         print(fill)
     recipe = _load_recipe(args)
+    if recipe.sweep is not None:
+        return _submit_sweep(_load_sweep(args), cluster, args.dry_run)
     if args.dry_run:
         from slotmamba.estimate import report
         from slotmamba.estimate.gpus import gpu_line
@@ -243,6 +265,21 @@ def _submit(args: argparse.Namespace) -> int:
     from slotmamba.environment import git_state
 
     return submit(recipe, cluster, _train_file, git_state())
+
+
+def _submit_sweep(sweep: Sweep, cluster: str, dry_run: bool) -> int:
+    from slotmamba.sweep_report import write_results
+    from slotmamba.sweep_results import not_to_submit
+    from slotmamba_slurm.sweep import preview_sweep, submit_sweep
+
+    if dry_run:
+        from slotmamba.estimate import report_cells
+
+        print(preview_sweep(sweep, cluster, not_to_submit(sweep), report_cells(sweep)), end="")
+        return DONE
+    from slotmamba.environment import git_state
+
+    return submit_sweep(sweep, cluster, not_to_submit(sweep), write_results, git_state())
 
 
 def _train_file(recipe: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from slotmamba import run_lock
 from slotmamba.allocator import keep_freed_memory
 from slotmamba.batch import check_data, training_plan
 from slotmamba.checkpoint import CheckpointStore, Group
@@ -377,10 +377,8 @@ def _locked(run_dir: Path, world: World) -> Iterator[None]:
         failure: str | None = None
         if world.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((run_dir / ".lock").open("a"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            lock = stack.enter_context((run_dir / run_lock.NAME).open("a"))
+            if not run_lock.take(lock):
                 failure = f"another process is training in {run_dir}: wait for it or set another run_dir"
         failure = world.broadcast(failure)
         if failure is not None:

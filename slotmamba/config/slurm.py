@@ -28,6 +28,24 @@ class SlurmConfig(Section):
     requeue: bool = Field(
         True, description="Queue a job again that was preempted, ran into `time` or lost a node; it resumes."
     )
+    max_retries: int = Field(
+        2,
+        ge=0,
+        description="How often in a row training that fails is tried again without a new checkpoint in between; bad "
+        "input is not. Needs `requeue` or `chain`.",
+    )
+    chain: int = Field(
+        1,
+        ge=1,
+        description="Jobs submitted at once, each of which goes on when the one before has ended, where a site forbids "
+        "`requeue`; 1: no chain. Not for cluster=local.",
+    )
+    array_parallelism: int | None = Field(
+        None,
+        ge=1,
+        description="Cells of a `sweep` that run at the same time; null: as many as there is room for, with "
+        "cluster=local one.",
+    )
     setup: list[str] = Field(
         [], description="Lines of shell before the processes start, such as `module load cuda`; not for cluster=local."
     )
@@ -56,4 +74,6 @@ class SlurmConfig(Section):
             raise ValueError(f"gpu={self.gpu} needs gpus_per_node, which is 0")
         if self.container_mounts and not self.container:
             raise ValueError("container_mounts needs container, the image")
+        if self.chain > 1 and self.requeue:
+            raise ValueError(f"chain={self.chain} is for jobs that are not queued again: set requeue=false")
         return self

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
-from submitit.local.local import LocalExecutor
+from submitit.core.core import R
+from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm.slurm import SlurmExecutor
 
 
@@ -39,4 +42,23 @@ class SlurmTasks(_OwnTasks, SlurmExecutor):
 
 
 class LocalTasks(_OwnTasks, LocalExecutor):
-    """Runs `slotmamba_slurm.task` in processes on this machine."""
+    """Runs `slotmamba_slurm.task` in processes on this machine, which `slotmamba_slurm.controller` starts."""
+
+    def _submit_command(self, command: str) -> LocalJob[R]:
+        parameters = self.parameters
+        variables = {
+            "SUBMITIT_EXECUTOR": "local",
+            "SUBMITIT_LOCAL_COMMAND": command,
+            "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
+            "SUBMITIT_LOCAL_NODEID": "0",
+            "SUBMITIT_LOCAL_NTASKS": str(parameters["tasks_per_node"]),
+            "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(parameters["signal_delay_s"]),
+            "SUBMITIT_LOCAL_TIMEOUT_S": str(int(60 * parameters["timeout_min"])),
+            "SUBMITIT_LOCAL_WITH_SHELL": "",
+            "SUBMITIT_STDERR_TO_STDOUT": "1",
+            "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(parameters["gpus_per_node"]))),
+        }
+        controller = [sys.executable, "-m", "slotmamba_slurm.controller", str(self.folder)]
+        process = subprocess.Popen(controller, env=os.environ | variables)
+        tasks = list(range(parameters["tasks_per_node"]))
+        return LocalJob(self.folder, job_id=str(process.pid), process=process, tasks=tasks)

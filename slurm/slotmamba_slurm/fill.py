@@ -40,7 +40,7 @@ def fill_nodes(recipe: str | Path, overrides: Sequence[str]) -> Fill | None:
     also a multiple of the nodes, keeps them. Of others the engine `single` becomes `fsdp2`; a `shard` of more than 1 is
     kept and `replicate` is the rest, else the processes of a node are a shard and each node is a replica; `deepspeed`
     shards over all. The micro-batch becomes the largest one, up to the recipe's, that divides the rows of a process.
-    What `overrides` set is not touched.
+    What `overrides` set, or a sweep tries, is not touched.
 
     Args:
         recipe: as `load_recipe`.
@@ -61,7 +61,7 @@ def fill_nodes(recipe: str | Path, overrides: Sequence[str]) -> Fill | None:
         data = DataConfig.model_validate(content.get("data"))
     except ValidationError:
         return None
-    given = [text.partition("=")[0] for text in overrides]
+    given = [*(text.partition("=")[0] for text in overrides), *(content["sweep"] or ())]
     layout = _layout(parallel, slurm, given)
     if layout is None:
         processes_per_node(parallel, slurm)  # says what does not fit

@@ -1,23 +1,20 @@
-"""Where a task runs: which process of which job it is, where the processes meet, and how the job is queued again."""
+"""Where a task runs: which process of which job it is and where the processes meet."""
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 import tempfile
 from abc import abstractmethod
 from pathlib import Path
 
 from submitit.core.job_environment import JobEnvironment
-from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, LocalJobEnvironment
+from submitit.local.local import LocalJobEnvironment
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from slotmamba_slurm.door import run_slurm
 from slotmamba_slurm.job import TrainJob
 
 FIRST_PORT, PORTS = 20_000, 10_000
-SCONTROL_SECONDS = 60
 
 
 class Place(JobEnvironment):
@@ -27,10 +24,6 @@ class Place(JobEnvironment):
     @abstractmethod
     def main_host(self) -> str:
         """The host of rank 0."""
-
-    @abstractmethod
-    def end_stopped(self, requeue: bool) -> int:
-        """Has the job queued again if it should be, and returns the task's exit code."""
 
     @property
     def rendezvous(self) -> str:
@@ -43,21 +36,12 @@ class Place(JobEnvironment):
 
     def command(self, job: TrainJob) -> list[str]:
         """What the task runs."""
-        python = [sys.executable, "-u"]
-        if job.torchrun is None:
-            return [*python, *job.training]
-        where = [f"--nnodes={self.num_tasks}", f"--node-rank={self.global_rank}", f"--nproc-per-node={job.torchrun}"]
-        where += ["--rdzv-backend=static", f"--master-addr={self.main_host}", f"--master-port={self.main_port}"]
-        return [*python, "-m", "slotmamba_slurm.torchrun", *where, *job.training]
+        return [sys.executable, "-u", *job.training]
 
     def variables(self, job: TrainJob) -> dict[str, str]:
-        """What `slotmamba train` needs to know beside its recipe, and torchrun does not tell it."""
-        # Triton's cache is for local disks: processes on several hosts that share one fail each other's builds.
-        cache = Path(tempfile.gettempdir()) / f"slotmamba-{os.getuid()}" / f"triton-{self.job_id}-{self.local_rank}"
-        found = {"TRITON_CACHE_DIR": str(cache)}
-        if "OMP_NUM_THREADS" not in os.environ:
-            found["OMP_NUM_THREADS"] = str(job.cpus)
-        if self.num_tasks > 1 and job.torchrun is None:
+        """What `slotmamba train` needs to know beside its recipe."""
+        found = self._settings(job)
+        if self.num_tasks > 1:
             found |= {
                 "RANK": str(self.global_rank),
                 "WORLD_SIZE": str(self.num_tasks),
@@ -65,6 +49,15 @@ class Place(JobEnvironment):
                 "MASTER_ADDR": self.main_host,
                 "MASTER_PORT": str(self.main_port),
             }
+        return found
+
+    def _settings(self, job: TrainJob) -> dict[str, str]:
+        """Those that have nothing to do with other processes."""
+        # Triton's cache is for local disks: processes on several hosts that share one fail each other's builds.
+        cache = Path(tempfile.gettempdir()) / f"slotmamba-{os.getuid()}" / f"triton-{self.job_id}-{self.local_rank}"
+        found = {"TRITON_CACHE_DIR": str(cache)}
+        if "OMP_NUM_THREADS" not in os.environ:
+            found["OMP_NUM_THREADS"] = str(job.cpus)
         return found
 
 
@@ -75,37 +68,20 @@ class SlurmPlace(Place, SlurmJobEnvironment):
         assert os.environ.get("SLURM_JOB_NODELIST"), "Slurm has not set SLURM_JOB_NODELIST"
         return str(self.hostnames[0])
 
-    def end_stopped(self, requeue: bool) -> int:
-        if self.global_rank != 0:
-            return 0
-        state = self._state()
-        if state != "RUNNING":  # Slurm is about to queue it again, or it was cancelled
-            print(f"job {self.job_id} is {state}: Slurm decides what becomes of it", flush=True)
-        elif requeue:
-            self._scontrol("requeue")
-            print(f"job {self.job_id} is queued again", flush=True)
-        else:
-            print(f"job {self.job_id} is not queued again (slurm.requeue=false); submit it again to resume", flush=True)
-        return 0
+    def command(self, job: TrainJob) -> list[str]:
+        if not job.torchrun:
+            return super().command(job)
+        on_each = job.processes // self.num_tasks
+        where = [f"--nnodes={self.num_tasks}", f"--node-rank={self.global_rank}", f"--nproc-per-node={on_each}"]
+        where += ["--rdzv-backend=static", f"--master-addr={self.main_host}", f"--master-port={self.main_port}"]
+        return [sys.executable, "-u", "-m", "slotmamba_slurm.torchrun", *where, *job.training]
 
-    def _state(self) -> str:
-        found = re.search(r"JobState=(\S+)", self._scontrol("show", "job"))
-        assert found
-        return found[1]
-
-    def _scontrol(self, *command: str) -> str:
-        """Runs a command of scontrol on this job."""
-        done = run_slurm(["scontrol", *command, self.job_id], {}, timeout=SCONTROL_SECONDS)
-        if done.returncode:
-            raise RuntimeError(f"scontrol {' '.join(command)} {self.job_id}: {done.stderr.strip()}")
-        return done.stdout
+    def variables(self, job: TrainJob) -> dict[str, str]:
+        """torchrun sets the others."""
+        return self._settings(job) if job.torchrun else super().variables(job)
 
 
 class LocalPlace(Place, LocalJobEnvironment):
     @property
     def main_host(self) -> str:
         return "127.0.0.1"
-
-    def end_stopped(self, requeue: bool) -> int:
-        """The exit code tells submitit's controller to start all tasks again, which it does five times."""
-        return LOCAL_REQUEUE_RETURN_CODE if requeue else 0

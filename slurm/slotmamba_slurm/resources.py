@@ -70,15 +70,15 @@ def slurm_parameters(recipe: Recipe, code: Path) -> dict[str, Any]:
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue" if slurm.requeue else "no-requeue": True},
         "setup": [*(open_door(job_folder(recipe), code) if slurm.container else []), *slurm.setup],
-        # srun does not take the number of CPUs over from the job.
-        "srun_args": [f"--cpus-per-task={cpus}", *container_options(slurm, recipe.run_path)],
+        # srun does not take over the first from the job; the second, against a site's KillOnBadExit, leaves the task
+        # of rank 0 the time to have the job queued again when the others have failed.
+        "srun_args": [
+            f"--cpus-per-task={cpus}",
+            "--kill-on-bad-exit=0",
+            *container_options(slurm, recipe.run_path),
+        ],
     }
     return {name: value for name, value in parameters.items() if value is not None or name == "wckey"}
-
-
-def torchrun_processes(recipe: Recipe) -> int | None:
-    """Processes that torchrun starts on each node; None where Slurm starts them all."""
-    return processes_per_node(recipe.parallel, recipe.slurm) if recipe.slurm.launcher == "torchrun" else None
 
 
 def task_python(slurm: SlurmConfig) -> str:

@@ -25,6 +25,10 @@ class Submission:
     folder: Path
 
     @property
+    def run_dir(self) -> Path:
+        return self.folder.parents[1]
+
+    @property
     def recipe(self) -> Path:
         return self.folder / "recipe.yaml"
 
@@ -41,14 +45,20 @@ def job_folder(recipe: Recipe) -> Path:
 
 def write_submission(recipe: Recipe, git: dict[str, Any] | None) -> Submission:
     """Writes a new submission of `recipe`; `git`: which commit the code is, to be kept with the copy."""
-    jobs = job_folder(recipe)
-    jobs.mkdir(parents=True, exist_ok=True)
-    submission = Submission(_new_folder(jobs))
-    save_recipe(recipe, submission.recipe)
+    submission = write_recipe(recipe)
     for package in PACKAGES:
         _copy_package(package, submission.code / package)
     if git is not None:
         (submission.code / "slotmamba" / "git.json").write_text(json.dumps(git))
+    return submission
+
+
+def write_recipe(recipe: Recipe) -> Submission:
+    """Writes a new submission without code: the cells of a sweep all run that of the sweep."""
+    jobs = job_folder(recipe)
+    jobs.mkdir(parents=True, exist_ok=True)
+    submission = Submission(_new_folder(jobs))
+    save_recipe(recipe, submission.recipe)
     return submission
 
 

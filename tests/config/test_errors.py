@@ -37,7 +37,7 @@ OVERRIDES = [
     ("name=a/b", "name: expected a name without slashes, white space and leading dot, got 'a/b'"),
     ("run_dir=5", "run_dir: expected a path, got 5; write '5' with the quotes"),
     ("extends=base.yaml", "extends: unknown key; expected one of name, seed, run_dir, model, data, "
-     "optim, train, parallel, logging, slurm"),
+     "optim, train, parallel, logging, slurm, sweep"),
     ("optim.lr=${optim.rate}", "optim.lr: Interpolation key 'optim.rate' not found"),
     ("optim.lr=${optim.lr}", "optim.lr: Recursive interpolation detected"),
     ("optim.lr=???", "optim.lr: Missing mandatory value: lr"),

@@ -100,7 +100,7 @@ def test_not_requeued(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.Capt
     until(lambda: step(tmp_path) >= 1)
     cluster.run("scancel", "--signal=USR2", job)
     completed(cluster, tmp_path, job)
-    assert f"job {job} is not queued again (slurm.requeue=false); submit it again to resume" in output(tmp_path, job)
+    assert f"job {job} is not queued again, as was asked; submit it again to resume" in output(tmp_path, job)
     assert len(committed(tmp_path)) == 1
 
 
