@@ -160,6 +160,8 @@ def _read(path: Path) -> dict[Any, Any]:
             found = "a list" if isinstance(top, yaml.SequenceNode) else "a single value"
             raise RecipeError(f"{origin}: expected the keys of a recipe at the top, got {found}")
         content = OmegaConf.to_container(OmegaConf.create(text))
+    except PermissionError as error:
+        raise RecipeError(f"{origin}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{origin}{line}: not valid YAML: {one_line(error.problem)}") from None

@@ -19,7 +19,7 @@ from slotmamba_slurm.cluster import SlurmCluster
 from slotmamba_slurm.resources import slurm_parameters
 from slotmamba_slurm.torchrun import _catches
 from tests.distributed.ranks import free_port
-from tests.slurm.jobs import SMALL, cli, completed, output, step, succeeds, until
+from tests.slurm.jobs import SECRETS, SMALL, cli, completed, holds, output, step, succeeds, until
 from tests.train.runs import committed, records
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
@@ -44,7 +44,7 @@ def test_torchrun_on_two_nodes(cluster: SlurmCluster, tmp_path: Path) -> None:
     alone, both = tmp_path / "alone", tmp_path / "both"
     small = [*SMALL, "train.global_batch_tokens=512", "optim.lr=1.0e-3", "optim.eps=1.0e-6"]
     job = ["slurm.nodes=2", "slurm.launcher=torchrun", "parallel.engine=fsdp2", "parallel.shard=4"]
-    number = succeeds(cli("submit", "mqar-tiny", f"run_dir={both}", *small, *job)).split()[2]
+    number = succeeds(cli("submit", "mqar-tiny", f"run_dir={both}", *small, *job, **SECRETS)).split()[2]
     until(lambda: step(both) >= 2)
     cluster.run("scontrol", "requeue", number)
     until(lambda: committed(both))
@@ -58,6 +58,7 @@ def test_torchrun_on_two_nodes(cluster: SlurmCluster, tmp_path: Path) -> None:
     one, four = ([record["loss"] for record in records(folder, "train")] for folder in (alone, both))
     assert four == pytest.approx(one, rel=1e-4)
     script = (both / "slurm" / f"{number}_submission.sh").read_text()
+    assert holds(both, "hunter2") == []
     assert "#SBATCH --ntasks-per-node=1\n" in script and "#SBATCH --cpus-per-task=2\n" in script
 
 

@@ -13,12 +13,10 @@ import pytest
 from slotmamba.cli import main
 from slotmamba.environment import git_state
 from slotmamba_slurm.cluster import SlurmCluster
-from tests.slurm.jobs import TWO, arguments, cli, completed, holds, output, step, submitted, succeeds, until
+from tests.slurm.jobs import SECRETS, TWO, arguments, cli, completed, holds, output, step, submitted, succeeds, until
 from tests.train.runs import assert_same_tensors, committed, fails, records, tensors
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
-
-SECRET = "hunter2-in-the-environment"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +40,7 @@ class Requeued:
 def requeued(cluster: SlurmCluster, run_dir: Path) -> Requeued:
     """A job on two nodes, stopped by SIGUSR2, as before the time limit, and by SIGTERM, as by an operator's requeue or
     a preemption."""
-    job = submitted(cluster, run_dir, WANDB_API_KEY=SECRET)
+    job = submitted(cluster, run_dir, **SECRETS)
     until(lambda: step(run_dir) >= 2)
     cluster.run("scancel", "--signal=USR2", job)
     until(lambda: f"job {job} is queued again\n" in output(run_dir, job))
@@ -91,7 +89,7 @@ def assert_record(run_dir: Path, job: str) -> None:
     assert (submission / "code" / "slotmamba" / "recipes" / "mqar-tiny.yaml").is_file()
     assert f"env PYTHONPATH={submission / 'code'}" in (run_dir / "slurm" / f"{job}_submission.sh").read_text()
     assert json.loads((run_dir / "environment.json").read_text())["git"] == git_state()
-    assert holds(run_dir, SECRET) == []
+    assert holds(run_dir, "hunter2") == []
 
 
 def test_not_requeued(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,10 +119,15 @@ def test_a_local_job_starts_again(alone: Path, tmp_path: Path) -> None:
     assert_same_tensors(tensors(tmp_path, 24), tensors(alone, 24))
 
 
-def test_a_local_job_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_local_job_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
     missing = "data.sources=[{name: text, shards: nowhere}]"
     said = fails(capsys, ["submit", *arguments(tmp_path, missing), "cluster=local"], code=1)
     assert said == "data.sources.0.shards: nowhere does not exist: build it with `slotmamba data build`"
+    assert holds(tmp_path, "nowhere") != [] and holds(tmp_path, "hunter2") == []
 
 
 def test_in_this_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
