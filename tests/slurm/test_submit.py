@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,15 @@ def assert_record(run_dir: Path, job: str) -> None:
     assert f"env PYTHONPATH={submission / 'code'}" in (run_dir / "slurm" / f"{job}_submission.sh").read_text()
     assert json.loads((run_dir / "environment.json").read_text())["git"] == git_state()
     assert holds(run_dir, "hunter2") == []
+
+
+def test_two_nodes_under_zero_2(cluster: SlurmCluster, tmp_path: Path, alone: Path) -> None:
+    zero = ["slurm.nodes=2", "parallel.engine=deepspeed", "parallel.zero_stage=2"]
+    out = succeeds(cli("submit", *arguments(tmp_path, *zero)))
+    found = re.search(r"^mqar-tiny: job (\d+) on 2 nodes: 2 processes$", out, re.MULTILINE)
+    assert found, out
+    completed(cluster, tmp_path, found[1])
+    assert_trained_as_one_process(tmp_path, alone)
 
 
 def test_not_requeued(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
