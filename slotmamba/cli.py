@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from slotmamba.errors import InputError, suggestion
 from slotmamba.outcome import DONE, FAILURE, outcome
+from slotmamba.runs_cli import add_runs_commands
 from slotmamba_data.cli import add_data_commands
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from slotmamba.config import Recipe
+    from slotmamba.config.cells import Sweep
     from slotmamba_data.inspect_cli import PlannedRun
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -74,9 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_submit(commands)
     _add_generate(commands)
     _add_evaluate(commands)
+    add_runs_commands(commands)
     add_data_commands(commands, _planned)
-    doctor = commands.add_parser("doctor", help="what is installed, which backends work, what is missing")
-    doctor.set_defaults(handler=_doctor)
+    _add_doctor(commands)
     return parser
 
 
@@ -101,6 +103,18 @@ def _add_submit(commands: Commands) -> None:
         "cluster=local, beside the keys of the recipe, runs the same on this machine, and cluster=debug in this "
         "process; cluster=slurm is the default."
     )
+
+
+def _add_doctor(commands: Commands) -> None:
+    parser = commands.add_parser("doctor", help="what is installed, which backends work, what is missing")
+    parser.add_argument("--slurm", action="store_true", help="what the cluster allows, tried with a short job")
+    parser.add_argument(
+        "overrides",
+        metavar="slurm.KEY=value",
+        nargs="*",
+        help="with --slurm: what the job asks for, such as slurm.partition=gpu slurm.gpus_per_node=8",
+    )
+    parser.set_defaults(handler=_doctor)
 
 
 def _recipe_key_help() -> str:
@@ -147,6 +161,12 @@ def _load_recipe(args: argparse.Namespace) -> Recipe:
     return load_recipe(args.recipe, args.overrides)
 
 
+def _load_sweep(args: argparse.Namespace) -> Sweep:
+    from slotmamba.config.cells import load_sweep
+
+    return load_sweep(args.recipe, args.overrides)
+
+
 def _planned(name: str, overrides: Sequence[str]) -> PlannedRun:
     """The data of a recipe, for `data inspect`."""
     from slotmamba.config import load_recipe
@@ -164,6 +184,11 @@ def _planned(name: str, overrides: Sequence[str]) -> PlannedRun:
 
 def _train(args: argparse.Namespace) -> int:
     recipe = _load_recipe(args)  # before the slow import: a wrong key should show at once
+    if recipe.sweep is not None:
+        raise InputError(
+            f"{recipe.name} is a sweep over {', '.join(recipe.sweep)}: `slotmamba submit` trains it, with "
+            "cluster=local on this machine; sweep=null is the recipe without it"
+        )
     if args.seed_checkpoint:
         from slotmamba.seed_checkpoint import write_seed_checkpoint
 
@@ -193,20 +218,25 @@ def _validate(args: argparse.Namespace) -> int:
     recipe = _load_recipe(args)
     if args.print:
         print(recipe_yaml(recipe), end="")
-    unfit = unfit_data(recipe)
+    cells = _load_sweep(args).cells if recipe.sweep is not None else ()
+    recipes = [recipe, *(cell.recipe for cell in cells)]
+    unfit = dict.fromkeys(line for each in recipes for line in unfit_data(each))
     if unfit:
         raise InputError("\n".join(unfit))
-    print(f"{recipe.name}: ok")
-    for line in missing_data(recipe):
+    print(f"{recipe.name}: ok{f', a sweep of {len(cells)} cells' if cells else ''}")
+    for cell in cells:
+        print(f"  {cell.name}")
+    for line in dict.fromkeys(line for each in recipes for line in missing_data(each)):
         print(f"to be made before training: {line}")
     return DONE
 
 
 def _estimate(args: argparse.Namespace) -> int:
     recipe = _load_recipe(args)
-    from slotmamba.estimate import report
+    sweep = _load_sweep(args) if recipe.sweep is not None else None
+    from slotmamba.estimate import report, report_cells
 
-    print(report(recipe))
+    print(report(recipe) if sweep is None else report_cells(sweep))
     return DONE
 
 
@@ -215,19 +245,44 @@ def _submit(args: argparse.Namespace) -> int:
     clusters = [text.removeprefix("cluster=") for text in args.overrides if text.startswith("cluster=")]
     args.overrides = [text for text in args.overrides if not text.startswith("cluster=")]
     cluster = clusters[-1] if clusters else "slurm"
-    recipe = _load_recipe(args)
     from slotmamba_slurm.submit import CLUSTERS, preview, submit
 
     if cluster not in CLUSTERS:
         raise UsageError(f"cluster={cluster}: expected {', '.join(CLUSTERS)}{suggestion(cluster, CLUSTERS)}")
+    from slotmamba_slurm.fill import fill_nodes
+
+    fill = None if cluster == "debug" else fill_nodes(args.recipe, args.overrides)
+    if fill is not None:
+        args.overrides += fill.overrides
+        print(fill)
+    recipe = _load_recipe(args)
+    if recipe.sweep is not None:
+        return _submit_sweep(_load_sweep(args), cluster, args.dry_run)
     if args.dry_run:
         from slotmamba.estimate import report
+        from slotmamba.estimate.gpus import gpu_line
 
-        print(preview(recipe, cluster, report(recipe)), end="")
+        costs = "\n\n".join(filter(None, [report(recipe), gpu_line(recipe)]))
+        print(preview(recipe, cluster, costs), end="")
         return DONE
     from slotmamba.environment import git_state
 
     return submit(recipe, cluster, _train_file, git_state())
+
+
+def _submit_sweep(sweep: Sweep, cluster: str, dry_run: bool) -> int:
+    from slotmamba.sweep_report import write_results
+    from slotmamba.sweep_results import not_to_submit
+    from slotmamba_slurm.sweep import preview_sweep, submit_sweep
+
+    if dry_run:
+        from slotmamba.estimate import report_cells
+
+        print(preview_sweep(sweep, cluster, not_to_submit(sweep), report_cells(sweep)), end="")
+        return DONE
+    from slotmamba.environment import git_state
+
+    return submit_sweep(sweep, cluster, not_to_submit(sweep), write_results, git_state())
 
 
 def _train_file(recipe: Path) -> int:
@@ -260,9 +315,18 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from slotmamba.doctor import run
+    from slotmamba import doctor
 
-    return run()
+    if not args.slurm:
+        if args.overrides:
+            raise UsageError(f"unknown arguments: {' '.join(args.overrides)}")
+        return doctor.run()
+    from slotmamba.config import load_recipe
+
+    recipe = load_recipe("mqar-tiny", args.overrides)  # any one: its section slurm is asked for
+    from slotmamba_slurm.doctor import diagnose
+
+    return doctor.print_findings(diagnose(recipe.slurm))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

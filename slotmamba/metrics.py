@@ -129,6 +129,29 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
         yield f"{path}, line {number}", line
 
 
+def readable_metrics(path: Path, last_bytes: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """The records of a metrics.jsonl that are sound, and the number of lines that are not: to look at a run with, not
+    to go on from.
+
+    Args:
+        last_bytes: only the lines that lie wholly in the last bytes of the file, so many; None for all.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        start = 0 if last_bytes is None else max(0, file.seek(0, os.SEEK_END) - last_bytes)
+        file.seek(start)
+        lines = file.read().split(b"\n")[:-1]
+    records, broken = [], 0
+    for line in lines[1:] if start else lines:
+        try:
+            records.append(_parse(line, str(path)))
+        except InputError:
+            broken += 1
+    return records, broken
+
+
 def _parse(line: bytes, place: str) -> dict[str, Any]:
     try:
         record = json.loads(line)

@@ -19,7 +19,17 @@ Records = list[dict[str, Any]]
 
 
 def plot_run(run_dir: Path) -> list[Path]:
-    """Draw the curves in ``run_dir/metrics.jsonl`` into ``run_dir/plots``, each quantity that has values in a file.
+    """`plot_records` of ``run_dir/metrics.jsonl``.
+
+    Raises:
+        OSError: metrics.jsonl cannot be read, or a plot not be written.
+        InputError: metrics.jsonl is damaged.
+    """
+    return plot_records(run_dir, read_metrics(run_dir / "metrics.jsonl"))
+
+
+def plot_records(run_dir: Path, records: Records) -> list[Path]:
+    """Draw the curves of a run into ``run_dir/plots``, each quantity that has values in a file.
 
     A value that was not finite leaves a gap.
 
@@ -27,10 +37,8 @@ def plot_run(run_dir: Path) -> list[Path]:
         The files written, of loss.png, recall.png, mixture.png, learning_rate.png, gradient_norm.png, throughput.png.
 
     Raises:
-        OSError: metrics.jsonl cannot be read, or a plot not be written.
-        InputError: metrics.jsonl is damaged.
+        OSError: a plot cannot be written.
     """
-    records = read_metrics(run_dir / "metrics.jsonl")
     train = [record for record in records if record["kind"] == "train"]
     validation = [record for record in records if record["kind"] == "validation"]
     plots: dict[str, Callable[[Axes], None]] = {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from slotmamba import run_lock
 from slotmamba.errors import InputError
 from slotmamba.world import World
 
@@ -23,10 +23,8 @@ def locked(run_dir: Path, world: World) -> Iterator[None]:
         failure: str | None = None
         if world.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((run_dir / ".lock").open("a"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            lock = stack.enter_context((run_dir / run_lock.NAME).open("a"))
+            if not run_lock.take(lock):
                 failure = f"another process is training in {run_dir}: wait for it or set another run_dir"
         failure = world.broadcast(failure)
         if failure is not None:

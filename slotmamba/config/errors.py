@@ -72,7 +72,7 @@ def _line(details: ErrorDetails, layers: Sequence[Layer], recipe: str) -> str:
         return one_line(f"{origin}: {key}: unknown key{_nearest_key(location)}")
     value = details["input"]
     return one_line(
-        f"{origin}: {key or 'recipe'}: expected {fields.describe(node)}, got {_shown(value)}{_hint(node, value)}"
+        f"{origin}: {key or 'recipe'}: expected {fields.describe(node)}, got {shown(value)}{_hint(node, value)}"
     )
 
 
@@ -97,7 +97,8 @@ def _nearest_key(location: Location) -> str:
     return f"; expected one of {', '.join(siblings.values())}"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as an error message says it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = one_line(repr(value))
@@ -109,6 +110,6 @@ def _hint(node: fields.Node, value: object) -> str:
         return suggestion(value, fields.choices(node))
     if isinstance(value, float) and value.is_integer() and fields.scalar_type(node) == "integer":
         return f"; write {int(value)}"
-    if isinstance(value, int | float) and fields.takes_text(node, _shown(value)):
-        return f"; write '{_shown(value)}' with the quotes"
+    if isinstance(value, int | float) and fields.takes_text(node, shown(value)):
+        return f"; write '{shown(value)}' with the quotes"
     return ""

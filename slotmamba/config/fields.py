@@ -131,6 +131,8 @@ def describe(node: Node) -> str:
     node = _resolve(node)
     if "anyOf" in node:
         return f"{describe(_without_null(node))} or null"
+    if "words" in node:
+        return str(node["words"])
     if choices(node):
         *others, last = choices(node)
         return f"{', '.join(others)} or {last}" if others else last
@@ -143,7 +145,7 @@ def describe(node: Node) -> str:
         return f"a section with the keys {', '.join(sub_keys(node))}"
     if node.get("format") == "path":
         return "a path"
-    return node.get("words", SCALARS[node["type"]] + _bounds(node))
+    return SCALARS[node["type"]] + _bounds(node)
 
 
 def dotted(location: Sequence[str | int]) -> str:

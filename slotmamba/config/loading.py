@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pydantic import ValidationError
 from slotmamba.config.errors import Layer, Location, RecipeError, explain, origin_of
 from slotmamba.config.fields import default_values, dotted
 from slotmamba.config.schema import Recipe
+from slotmamba.config.sweep import checked_sweep, flat_keys
 from slotmamba.errors import one_line, suggestion
 from slotmamba.files import write_text
 from slotmamba.installed import data_path
@@ -27,12 +29,21 @@ KEY = re.compile(r"[A-Za-z_]\w*(\.\w+|\[\d+\])*")
 SUFFIXES = (".yaml", ".yml")
 
 
+@dataclass(frozen=True)
+class Setting:
+    """An override that is not text; `origin` is for errors."""
+
+    key: str
+    value: Any
+    origin: str
+
+
 def installed_recipes() -> dict[str, Path]:
     """The recipes that come with SlotMamba, by name, sorted."""
     return {path.stem: path for path in sorted(data_path("recipes").glob("*.yaml"))}
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(recipe: str | Path, overrides: Sequence[str | Setting] = ()) -> Recipe:
     """Load a recipe and everything it extends, apply overrides, and validate the result.
 
     Args:
@@ -43,6 +54,24 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: one line for each thing that is wrong with the recipe or the overrides.
     """
+    content, layers, origin = _resolved(recipe, overrides)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise explain(error, layers, origin) from None
+
+
+def recipe_content(recipe: str | Path, overrides: Sequence[str | Setting] = ()) -> dict[Any, Any]:
+    """What `load_recipe` validates: every key of a recipe in nested dictionaries, whatever its value.
+
+    Raises:
+        RecipeError: the files or the overrides cannot be read.
+    """
+    return _resolved(recipe, overrides)[0]
+
+
+def _resolved(recipe: str | Path, overrides: Sequence[str | Setting]) -> tuple[dict[Any, Any], list[Layer], str]:
+    """The merged content, where it comes from, and the name of the recipe's own file."""
     path = _find(str(recipe), Path(), asked_by="")
     origin = _shown_path(path)
     layers = _read_chain(path)
@@ -57,10 +86,9 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         assert error.full_key, "a value can only be wrong at a key"
         location = _location(error.full_key)
         raise RecipeError(f"{origin_of(location, layers, origin)}: {dotted(location)}: {_first_line(error)}") from None
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise explain(error, layers, origin) from None
+    assert isinstance(content, dict)
+    content["sweep"] = checked_sweep(content["sweep"], layers, origin)
+    return content, layers, origin
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
@@ -70,15 +98,15 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
 
 def recipe_yaml(recipe: Recipe) -> str:
     """Every key of `recipe` as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escape(recipe.model_dump(mode="json"))))
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(recipe.model_dump(mode="json"))))
 
 
-def _escape(value: Any) -> Any:
+def escaped(value: Any) -> Any:
     """Keep OmegaConf from reading ``${`` in a resolved string as an interpolation."""
     if isinstance(value, dict):
-        return {key: _escape(entry) for key, entry in value.items()}
+        return {key: escaped(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_escape(entry) for entry in value]
+        return [escaped(entry) for entry in value]
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value
@@ -132,6 +160,8 @@ def _read(path: Path) -> dict[Any, Any]:
             found = "a list" if isinstance(top, yaml.SequenceNode) else "a single value"
             raise RecipeError(f"{origin}: expected the keys of a recipe at the top, got {found}")
         content = OmegaConf.to_container(OmegaConf.create(text))
+    except PermissionError as error:
+        raise RecipeError(f"{origin}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{origin}{line}: not valid YAML: {one_line(error.problem)}") from None
@@ -140,22 +170,19 @@ def _read(path: Path) -> dict[Any, Any]:
     except OmegaConfBaseException as error:
         raise RecipeError(f"{origin}: {_first_line(error)}") from None
     assert isinstance(content, dict)
+    if "sweep" in content:
+        content["sweep"] = flat_keys(content["sweep"])
     return content
 
 
-def _apply(override: str, config: DictConfig) -> Layer:
+def _apply(override: str | Setting, config: DictConfig) -> Layer:
     """Apply one ``key=value`` to `config` in place."""
-    key, equals, text = override.partition("=")
-    origin = f"override {override}"
-    if not equals:
-        raise RecipeError(f"{origin}: expected key=value, such as optim.lr=3e-4")
-    if not KEY.fullmatch(key):
-        raise RecipeError(f"{origin}: expected a key such as optim.lr or data.sources.0.shards, got {key!r}")
+    setting = override if isinstance(override, Setting) else _parsed(override)
+    key, value, origin = setting.key, setting.value, setting.origin
+    if key.startswith("sweep."):  # the keys of that section have dots in them
+        key, value = "sweep", flat_keys({key.removeprefix("sweep."): value})
     try:
-        value = _parse_value(text)
         OmegaConf.update(config, key, value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{origin}: not valid YAML: {one_line(getattr(error, 'problem', error))}") from None
     except OmegaConfBaseException as error:
         raise RecipeError(f"{origin}: {_first_line(error)}") from None
     except (TypeError, ValueError):  # OmegaConf expects an integer below a list
@@ -164,6 +191,22 @@ def _apply(override: str, config: DictConfig) -> Layer:
     for part in reversed(_location(key)):
         content = {part: content}
     return Layer(origin, content, is_override=True)
+
+
+def _parsed(override: str) -> Setting:
+    key, equals, text = override.partition("=")
+    origin = f"override {override}"
+    if not equals:
+        raise RecipeError(f"{origin}: expected key=value, such as optim.lr=3e-4")
+    if not KEY.fullmatch(key):
+        raise RecipeError(f"{origin}: expected a key such as optim.lr or data.sources.0.shards, got {key!r}")
+    try:
+        value = _parse_value(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{origin}: not valid YAML: {one_line(getattr(error, 'problem', error))}") from None
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{origin}: {_first_line(error)}") from None
+    return Setting(key, flat_keys(value) if key == "sweep" else value, origin)
 
 
 def _parse_value(text: str) -> Any:

@@ -21,6 +21,9 @@ installed recipe; `slotmamba validate RECIPE --print` shows what it resolves to,
   Sections merge key by key; lists and values are replaced.
 - `key=value` after RECIPE overrides a key: `optim.lr=3e-4`, `data.sources.0.shards=data/mine`. Values are YAML; later
   overrides win.
+- `sweep.optim.lr=[1e-3,3e-4]` tries values for a key, as `sweep: {optim.lr: [1e-3, 3e-4]}` does in a file:
+  `slotmamba submit` trains every combination of them ([slurm.md](slurm.md#sweeps)). `sweep.optim.lr=null` takes the
+  key out again, `sweep=null` all keys.
 - `${model.d_model}` inserts the value of another key.
 - Relative paths are relative to the current working directory, wherever the recipe lies.
 - Types are not converted: a number in quotes is text, and `1e3` is not an integer; write `1_000_000` for readability.

@@ -8,7 +8,7 @@ raise ``pydantic.ValidationError``, a ``ValueError``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -20,6 +20,11 @@ from slotmamba.config.slurm import SlurmConfig
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 Checkpointing = Literal["none", "block", "selective"]
+
+Sweep = Annotated[
+    dict[str, list[Any]],
+    Field(json_schema_extra={"words": "dotted keys of the recipe with a list of values each"}),
+]
 
 
 class BDLRUConfig(Section):
@@ -301,6 +306,11 @@ class Recipe(Section):
     parallel: ParallelConfig = Field(ParallelConfig(), description="How many processes train together, and how.")
     logging: LoggingConfig = Field(LoggingConfig(), description="Where metrics go besides metrics.jsonl.")
     slurm: SlurmConfig = Field(SlurmConfig(), description="What `slotmamba submit` asks of a Slurm cluster.")
+    sweep: Sweep | None = Field(
+        None,
+        description="Values to try, such as `{optim.lr: [1e-3, 3e-4], model.slots.top_k: [4, 8]}`: `slotmamba submit` "
+        "trains every combination, each in a folder of its own in `run_dir`.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slotmamba.config.cells import Sweep
 from slotmamba.config.schema import Recipe
 from slotmamba.estimate.activations import layer_bytes
 from slotmamba.estimate.flops import Flops, forward_flops
@@ -13,7 +14,7 @@ from slotmamba.estimate.row import RowShape, row_shape
 from slotmamba.estimate.sharding import shares
 from slotmamba.models.units import weight_units
 
-__all__ = ["Estimate", "estimate", "report"]
+__all__ = ["Estimate", "estimate", "report", "report_cells"]
 
 BACKWARD = 2  # each matrix product of the forward pass has two of its size in the backward pass
 
@@ -82,3 +83,12 @@ def report(recipe: Recipe) -> str:
     from slotmamba.estimate.text import report_text
 
     return report_text(recipe.name, estimate(recipe), recipe.train.micro_batch)
+
+
+def report_cells(sweep: Sweep) -> str:
+    """`report` of the cell of a sweep that needs the most memory, and what differs between all cells."""
+    from slotmamba.estimate.text import cells_text
+
+    found = {cell.name: estimate(cell.recipe) for cell in sweep.cells}
+    largest = max(sweep.cells, key=lambda cell: found[cell.name].memory.training)
+    return f"{report(largest.recipe)}\n\n{cells_text(found)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from slotmamba.estimate import Estimate
 from slotmamba.tables import table
@@ -14,6 +14,15 @@ def report_text(name: str, found: Estimate, micro_batch: int) -> str:
     """Tables of parameters and operations, of memory, and the totals of the run."""
     tables = [_parts(name, found), _memory(found, micro_batch), *communication_tables(found), _totals(found)]
     return "\n\n".join(tables)
+
+
+def cells_text(found: Mapping[str, Estimate]) -> str:
+    """A table of the totals of several recipes, by name."""
+    rows = [
+        (name, f"{each.total_parameters:,}", f"{each.training_flops:,.0f}", readable(each.memory.training))
+        for name, each in found.items()
+    ]
+    return table(("cell", "parameters", "FLOPs/token training", "memory of a process"), rows)
 
 
 def _parts(name: str, found: Estimate) -> str:

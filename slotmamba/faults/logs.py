@@ -12,6 +12,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from slotmamba.errors import one_line
+from slotmamba.outcome import outcome
 from slotmamba.world import World
 
 
@@ -33,7 +35,8 @@ class _RankLog(logging.StreamHandler[TextIO]):
 
 @contextmanager
 def rank_log(logs: Path, world: World) -> Iterator[None]:
-    """Keeps RUN_DIR/logs/rank-00000.log: what is logged, Python's warnings, and the traceback of an exception.
+    """Keeps RUN_DIR/logs/rank-00000.log: what is logged, Python's warnings, and how the process ends, with the
+    traceback of an exception.
 
     Rank 0 shows warnings on the terminal too. Whatever other ranks write to standard output or standard error, native
     libraries included, goes to their log instead, from here to the end of the process.
@@ -52,8 +55,11 @@ def rank_log(logs: Path, world: World) -> Iterator[None]:
             try:
                 yield
             except BaseException as error:
-                log.write(logging.ERROR, "the process fails", error)
+                known = outcome(error)
+                text = one_line(known.message if known else f"{type(error).__name__}: {error}")
+                log.write(logging.ERROR, f"the process fails: {text}", error)
                 raise
+            log.write(logging.INFO, "the process ends")
 
 
 @contextmanager

@@ -16,11 +16,14 @@ from submitit import DebugExecutor, Job
 from submitit.core.utils import FailedJobError
 
 from slotmamba.config import Recipe, recipe_yaml
+from slotmamba.config.duration import seconds
 from slotmamba.errors import InputError, one_line
 from slotmamba_slurm.executors import LocalTasks, SlurmTasks
 from slotmamba_slurm.job import TrainJob
-from slotmamba_slurm.resources import local_parameters, processes_per_node, slurm_parameters
-from slotmamba_slurm.submission import Submission, job_folder, write_submission
+from slotmamba_slurm.jobs import note_job
+from slotmamba_slurm.resources import local_parameters, processes_per_node, slurm_parameters, task_python
+from slotmamba_slurm.slurm_job import SlurmError, SlurmJob
+from slotmamba_slurm.submission import Submission, all_or_nothing, job_folder, write_submission
 
 CLUSTERS = ("slurm", "local", "debug")
 Train = Callable[[Path], int]
@@ -57,13 +60,13 @@ def preview(recipe: Recipe, cluster: str, estimate: str) -> str:
     """
     parts = [recipe_yaml(recipe)]
     if cluster == "slurm":
-        executor = _slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN"))
+        executor = slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN"))
         parts += [executor.script(), estimate, checked(executor.script())]
     else:
         count = 1 if cluster == "debug" else local_parameters(recipe)["tasks_per_node"]
         if cluster == "debug":
             _check_debug(recipe)
-        parts += [estimate, f"cluster={cluster}: {_count(count, 'process', 'es')} on this machine"]
+        parts += [estimate, f"cluster={cluster}: {count_of(count, 'process', 'es')} on this machine"]
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
@@ -79,54 +82,91 @@ def checked(script: str) -> str:
         file.write(script)
         file.flush()
         done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, timeout=120)
-    said = one_line(done.stderr.replace("sbatch: ", "").replace("error: ", ""))
     if done.returncode:
-        raise InputError(f"the cluster refuses the job: {said.removeprefix('allocation failure: ')}")
-    return said
+        raise InputError(f"the cluster refuses the job: {_in_words(done.stderr)}")
+    return _in_words(done.stderr)
 
 
-def _slurm_executor(recipe: Recipe, submission: Submission) -> SlurmTasks:
+def _in_words(said: str) -> str:
+    """What sbatch says, in one line."""
+    return one_line(said.replace("sbatch: ", "").replace("error: ", "")).removeprefix("allocation failure: ")
+
+
+def slurm_executor(recipe: Recipe, submission: Submission) -> SlurmTasks:
     if shutil.which("srun") is None:
         raise InputError("there is no srun on PATH: submit from a node of the cluster, or set cluster=local")
-    executor = SlurmTasks(job_folder(recipe))
+    executor = SlurmTasks(job_folder(recipe), python=task_python(recipe.slurm))
     executor.code = submission.code
-    executor.update_parameters(**slurm_parameters(recipe), setup=list(recipe.slurm.setup))
+    executor.update_parameters(**slurm_parameters(recipe, submission.code))
     return executor
 
 
 def _submit_to_slurm(recipe: Recipe, git: dict[str, Any] | None) -> int:
-    checked(_slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN")).script())
-    submission = write_submission(recipe, git)
-    try:
-        job = _slurm_executor(recipe, submission).submit(_job(recipe, submission))
-    except FailedJobError as error:
-        raise InputError(f"sbatch has failed: {one_line(error)}") from None
+    checked(slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN")).script())
+    with all_or_nothing(recipe):
+        first, *others = _submit_chain(recipe, write_submission(recipe, git))
     nodes, size = recipe.slurm.nodes, recipe.parallel.size
-    print(f"{recipe.name}: job {job.job_id} on {_count(nodes, 'node')}: {_count(size, 'process', 'es')}")
+    print(f"{recipe.name}: job {first.job_id} on {count_of(nodes, 'node')}: {count_of(size, 'process', 'es')}")
+    if others:
+        print(f"  goes on as  {', '.join(job.job_id for job in others)}, each when the one before has ended")
     print(f"  run folder  {recipe.run_path}")
-    print(f"  output      {job.paths.stdout}")
+    print(f"  output      {first.paths.stdout}")
     return 0
+
+
+def _submit_chain(recipe: Recipe, submission: Submission) -> list[Job[None]]:
+    """The jobs of `slurm.chain`: all or none of them.
+
+    The first one is held until all are there, for it cancels the others when it fails or finishes.
+    """
+    jobs: list[Job[None]] = []
+    try:
+        for number in range(recipe.slurm.chain):
+            executor = slurm_executor(recipe, submission)
+            if recipe.slurm.chain > 1:
+                place = {"dependency": f"afterany:{jobs[-1].job_id}"} if number else {"hold": True}
+                executor.parameters["additional_parameters"] |= place
+            jobs.append(executor.submit(train_job(recipe, submission)))
+        for job in jobs:
+            note_job(submission.run_dir, job.job_id, "slurm", submission.folder.name)
+        if len(jobs) > 1:
+            SlurmJob(jobs[0].job_id).release()
+    except (FailedJobError, SlurmError, OSError) as error:
+        for job in jobs:
+            job.cancel()
+        if isinstance(error, OSError):
+            raise
+        raise InputError(f"sbatch has failed: {_in_words(str(error))}") from None
+    return jobs
 
 
 def _run_local(recipe: Recipe, git: dict[str, Any] | None) -> int:
     parameters = local_parameters(recipe)
-    submission = write_submission(recipe, git)
-    executor = LocalTasks(job_folder(recipe))
-    executor.code = submission.code
-    executor.update_parameters(**parameters)
-    with _sigint_ignored():
-        job = executor.submit(_job(recipe, submission))
-    processes = _count(recipe.parallel.size, "process", "es")
+    with all_or_nothing(recipe):
+        submission = write_submission(recipe, git)
+        executor = LocalTasks(job_folder(recipe))
+        executor.code = submission.code
+        executor.update_parameters(**parameters)
+        with sigint_ignored():
+            job = executor.submit(train_job(recipe, submission))
+    note_job(submission.run_dir, job.job_id, "local", submission.folder.name)
+    processes = count_of(recipe.parallel.size, "process", "es")
     print(f"{recipe.name}: job {job.job_id} on this machine: {processes}", flush=True)
     print(f"  run folder  {recipe.run_path}")
     print(f"  output      {job.paths.stdout}", flush=True)
     _wait(job)
     if job.exception() is None:
         return 0
-    said = job.paths.stdout.read_text(errors="replace").splitlines()
-    for line in [line for line in said if line.startswith("error: ")] or said[-1:]:
+    for line in said(job):
         print(line, file=sys.stderr)
     return 1
+
+
+def said(job: Job[None]) -> list[str]:
+    """Why a job of this machine failed: the lines of its output that say so, or the last one."""
+    lines = job.paths.stdout.read_text(errors="replace").splitlines()
+    errors = dict.fromkeys(line for line in lines if line.startswith("error: "))  # each retry says it again
+    return list(errors) or lines[-1:]
 
 
 def _run_debug(recipe: Recipe, train: Train, git: dict[str, Any] | None) -> int:
@@ -136,21 +176,32 @@ def _run_debug(recipe: Recipe, train: Train, git: dict[str, Any] | None) -> int:
 
 
 def _check_debug(recipe: Recipe) -> None:
-    processes_per_node(recipe)
+    processes_per_node(recipe.parallel, recipe.slurm)
     if recipe.parallel.size > 1:
         raise InputError(f"cluster=debug is one process, the recipe asks for {recipe.parallel.size}: set cluster=local")
 
 
-def _job(recipe: Recipe, submission: Submission) -> TrainJob:
-    return TrainJob(submission.recipe, recipe.slurm.cpus_per_task, recipe.slurm.requeue)
+def train_job(recipe: Recipe, submission: Submission, sweep: Path | None = None) -> TrainJob:
+    """`sweep`: the folder of the sweep of which the run is a cell."""
+    slurm = recipe.slurm
+    return TrainJob(
+        submission.recipe,
+        cpus=slurm.cpus_per_task,
+        processes=recipe.parallel.size,
+        requeue=slurm.requeue,
+        max_retries=slurm.max_retries,
+        signal_lead=seconds(slurm.signal_lead),
+        torchrun=slurm.launcher == "torchrun",
+        sweep=sweep,
+    )
 
 
-def _count(number: int, noun: str, plural: str = "s") -> str:
+def count_of(number: int, noun: str, plural: str = "s") -> str:
     return f"{number} {noun}{plural if number > 1 else ''}"
 
 
 @contextmanager
-def _sigint_ignored() -> Iterator[None]:
+def sigint_ignored() -> Iterator[None]:
     """For what is started inside: Ctrl-C is for the training processes, which take it themselves and save; submitit's
     controller would kill them a second later."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""A task of a job, ``python -m slotmamba_slurm.task FOLDER``: trains, and has the job queued again when it was stopped.
+"""A task of a job, ``python -m slotmamba_slurm.task FOLDER``: trains. That of rank 0 decides what becomes of the job.
 
 Training is a child process. A checkpoint is therefore always taken by the training loop between two steps, never by a
 signal's handler, and a crash of the child leaves someone to say so.
@@ -13,13 +13,18 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import FrameType
 
 from submitit.core.utils import DelayedSubmission, cloudpickle_dump, temporary_save_path
 
 from slotmamba_slurm.job import TrainJob
+from slotmamba_slurm.life import Stop, TrainingFailed
+from slotmamba_slurm.lives import life_of
 from slotmamba_slurm.places import LocalPlace, Place, SlurmPlace
+from slotmamba_slurm.sweep_hook import write_sweep_results
+from slotmamba_slurm.timed_output import TimedLines
 
 PICKLE_SECONDS = 60.0  # in which submitit moves the pickle to where the job's number says, once it knows the number
 STOPS = (signal.SIGUSR2, signal.SIGTERM)
@@ -29,23 +34,23 @@ class Child:
     """A process that is sent on the signals that ask a job to stop. Whatever was asked before it starts counts too."""
 
     def __init__(self) -> None:
-        self.stopped_by: str | None = None
+        self.stop: Stop | None = None
         self._process: subprocess.Popen[bytes] | None = None
         for number in STOPS:
             signal.signal(number, self._stop)
 
     def run(self, command: list[str], env: Mapping[str, str]) -> int:
         """The exit code of `command`; 0 where a stop came before it."""
-        if self.stopped_by is not None:
+        if self.stop is not None:
             return 0
         self._process = subprocess.Popen(command, env=env)
-        if self.stopped_by is not None:  # while it started
+        if self.stop is not None:  # while it started
             self._process.send_signal(STOPS[0])
         return self._process.wait()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         # Slurm sends more than one, and to the child too, which takes the first and ignores the others.
-        self.stopped_by = self.stopped_by or signal.Signals(number).name
+        self.stop = self.stop or Stop(signal.Signals(number).name, time.time())
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
@@ -56,21 +61,49 @@ def main(folder: str) -> int:
     place = _place()
     try:
         job = _load(place.paths.submitted_pickle)
+        if job.stop_file.exists():  # `slotmamba runs stop` came before the training processes did
+            print(f"{job.stop_file} is there: nothing is trained", flush=True)
+            _write_result(place.paths.result_pickle, ("success", 0))
+            return 0
         print(f"{place}: rendezvous at {place.rendezvous}", flush=True)
-        code = child.run(job.command(), env=os.environ | place.variables(job.cpus))
-        if child.stopped_by is not None:
-            # Also when it failed: ranks that were stopped while they started fail those that were not. What fails for
-            # a reason of its own fails the next time without having been stopped.
-            print(f"stopped by {child.stopped_by}, training ended with exit code {code}", flush=True)
-            return place.end_stopped(job.requeue)
-        if code:
-            raise RuntimeError(f"slotmamba train ended with exit code {code}")
-        _write_result(place.paths.result_pickle, ("success", code))
+        if place.global_rank == 0:
+            return _lead(place, job, child)
+        code = child.run(place.command(job), env=os.environ | place.variables(job))
+        if child.stop is None:
+            _finish(place, code)
+    except TrainingFailed as error:
+        _write_result(place.paths.result_pickle, ("error", str(error)))
+        print(error, flush=True)
+        return 1
     except Exception:
         _write_result(place.paths.result_pickle, ("error", traceback.format_exc()))
         traceback.print_exc()
         return 1
     return 0
+
+
+def _lead(place: Place, job: TrainJob, child: Child) -> int:
+    """The task of rank 0; returns its exit code."""
+    life = life_of(place, job)
+    elsewhere = life.begin()
+    if elsewhere is not None:
+        return elsewhere
+    code = child.run(place.command(job), env=os.environ | place.variables(job))
+    try:
+        exit_code = life.end(code, child.stop)
+    except TrainingFailed:
+        write_sweep_results(job, place.job_id, "FAILED")
+        raise
+    if child.stop is None and code == 0:
+        _finish(place, code)
+        write_sweep_results(job, place.job_id, "COMPLETED")
+    return exit_code
+
+
+def _finish(place: Place, code: int) -> None:
+    if code:
+        raise TrainingFailed(f"slotmamba train ended with exit code {code}")
+    _write_result(place.paths.result_pickle, ("success", code))
 
 
 def _place() -> Place:
@@ -94,4 +127,5 @@ def _write_result(path: Path, result: tuple[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    with redirect_stdout(TimedLines(sys.stdout)):
+        sys.exit(main(sys.argv[1]))

@@ -50,7 +50,7 @@ OVERRIDES = [
     ),
     ("data.remote.timeout=1e300", "data.remote.timeout: expected a number more than 0 and at most 86400, got 1e+300"),
     ("extends=base.yaml", "extends: unknown key; expected one of name, seed, run_dir, model, data, "
-     "optim, train, parallel, logging, slurm"),
+     "optim, train, parallel, logging, slurm, sweep"),
     ("optim.lr=${optim.rate}", "optim.lr: Interpolation key 'optim.rate' not found"),
     ("optim.lr=${optim.lr}", "optim.lr: Recursive interpolation detected"),
     ("optim.lr=???", "optim.lr: Missing mandatory value: lr"),

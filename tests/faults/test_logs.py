@@ -27,6 +27,7 @@ def test_what_rank_0_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "INFO slotmamba.x: a step\n" in log and "WARNING slotmamba.x: look out\n" in log and "UserWarning: old" in log
     )
     assert "chatter" not in log
+    assert log.endswith(" INFO slotmamba.faults.logs: the process ends\n")
     terminal = capsys.readouterr().err
     assert terminal.startswith("look out\n") and "UserWarning: old" in terminal and "a step" not in terminal
     logging.getLogger("slotmamba.x").info("after")
@@ -38,7 +39,9 @@ def test_an_exception_and_a_second_start(tmp_path: Path, capsys: pytest.CaptureF
         with pytest.raises(ZeroDivisionError), rank_log(tmp_path, ALONE):
             raise ZeroDivisionError("a bug")
     log = (tmp_path / "rank-00000.log").read_text()
-    assert log.count("Traceback") == log.count("ZeroDivisionError: a bug") == 2
+    assert log.count("Traceback") == log.count("\nZeroDivisionError: a bug\n") == 2
+    assert log.count(" ERROR slotmamba.faults.logs: the process fails: ZeroDivisionError: a bug\n") == 2
+    assert "the process ends" not in log
     assert capsys.readouterr().err == ""
 
 

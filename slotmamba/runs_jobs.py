@@ -1,0 +1,57 @@
+"""Runs with what their jobs and Slurm say of them. As a part of the command line it knows all packages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slotmamba.runs.folder import RunFolder
+from slotmamba.runs.starts import FAILED, End, Start
+from slotmamba.runs.status import Job
+from slotmamba_slurm import history
+from slotmamba_slurm.queue import Queue, QueuedJob, ask_sacct, ask_squeue
+from slotmamba_slurm.run_jobs import run_jobs
+
+
+def open_run(path: Path, last_bytes: int | None = None) -> RunFolder:
+    """The folder of a run, with the history of its jobs."""
+    return RunFolder(path, [_start(each) for each in history.read_history(path)], last_bytes)
+
+
+def _start(job: history.Start) -> Start:
+    reason = job.reason or job.signal
+    end = End(job.ended or FAILED, reason) if reason else None
+    return Start(job.time, job.processes, job.nodes, job.resumed_from or 0, end=end, job=job.job)
+
+
+@dataclass(frozen=True)
+class LastJobs:
+    """For each run that has known jobs, by its folder: the one that is under way, or waits, or else was the last.
+
+    problems: a line for each question that Slurm did not answer.
+    """
+
+    jobs: dict[Path, Job]
+    problems: list[str]
+
+
+def last_jobs(folders: Sequence[RunFolder]) -> LastJobs:
+    """Asks Slurm once for the jobs of all runs, and once more for those that have left the queue."""
+    of_runs = {run.path: run_jobs(run.path) for run in folders}
+    ids = {path: own.slurm for path, own in of_runs.items()}
+    queue = ask_squeue([each for own in ids.values() for each in own])
+    forgotten = [own[-1] for own in ids.values() if own and not any(each in queue.jobs for each in own)]
+    accounts = Queue() if queue.problems else ask_sacct(forgotten)
+    found = queue.jobs | accounts.jobs
+    local = {path: state for path, own in of_runs.items() if (state := own.local_state()) is not None}
+    jobs = {path: Job(str(of_runs[path].local[-1]), state) for path, state in local.items()}
+    for path, own in ids.items():
+        known = [as_job(found[each]) for each in own if each in found]
+        if known:
+            jobs[path] = max(known, key=lambda job: (job.runs, job.waits, own.index(job.id)))
+    return LastJobs(jobs, queue.problems + accounts.problems)
+
+
+def as_job(queued: QueuedJob) -> Job:
+    return Job(queued.id, queued.state, queued.reason, queued.nodes, queued.began)

@@ -1,0 +1,168 @@
+"""The starts of a run's jobs and how each of them ended: RUN_DIR/slurm/history.jsonl, one JSON object a line.
+
+Written by the task of rank 0 alone, and only ever appended to: a record at each start, one at each end, and one where
+Slurm has told later why a start ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+WITHOUT_A_WORD = "its processes died without a word, e.g. with their node"
+NODE_FAILURE = "node failure"
+Ended = Literal["finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a job, and how it ended."""
+
+    job: str
+    restart: int
+    """How often the job was queued again before."""
+    time: float
+    """When the task of rank 0 started: seconds since 1970, as all times here."""
+    submission: str
+    """The folder beside history.jsonl of what was submitted, such as submission-001."""
+    nodes: tuple[str, ...]
+    processes: int
+    resumed_from: int | None
+    """Step of the newest checkpoint then; None: there was none."""
+    ended_at: float | None = None
+    """None: it is still running, or has not lived to say so."""
+    ended: Ended | None = None
+    signal: str | None = None
+    """What it was told to stop by: SIGUSR2 or SIGTERM."""
+    exit_code: int | None = None
+    """Of training; negative: the number of the signal that killed it."""
+    step: int | None = None
+    """The last one in metrics.jsonl when it ended."""
+    checkpoint: int | None = None
+    """Step of the newest checkpoint when it ended."""
+    reason: str | None = None
+    """finished, preempted, time limit, requeued by an operator, cancelled, node failure, training failed (exit code 1),
+    ...; None while it runs, or while Slurm has yet to tell: the next start asks it."""
+    bad_nodes: tuple[str, ...] = ()
+    """Those of `nodes` that it ended because of."""
+    excluded: tuple[str, ...] = ()
+    """Nodes that the job was told after it to keep away from."""
+
+
+def history_file(run_dir: Path) -> Path:
+    return run_dir / "slurm" / "history.jsonl"
+
+
+def read_history(run_dir: Path) -> list[Start]:
+    """All starts of the run's jobs, the first one first; none where it was never submitted.
+
+    Lines that are no JSON are left out: writing one was cut short.
+    """
+    starts: dict[tuple[str, int], Start] = {}
+    for record in _records(history_file(run_dir)):
+        event, key = record.pop("event"), (record["job"], record["restart"])
+        if event == "start":
+            starts[key] = Start(**_with_tuples(record))
+        elif key in starts:  # else the line of the start was cut short
+            starts[key] = replace(starts[key], **_with_tuples(record))
+    found = list(starts.values())
+    return [
+        replace(start, reason=WITHOUT_A_WORD) if start.ended is None and start.reason is None else start
+        for start in found[:-1]
+    ] + found[-1:]
+
+
+def newest_checkpoint(run_dir: Path) -> int | None:
+    """The step of the newest checkpoint that is committed, which is what a start resumes from."""
+    steps = [int(path.parent.name[5:]) for path in (run_dir / "checkpoints").glob("step-*[0-9]/manifest.json")]
+    return max(steps, default=None)
+
+
+def last_step(run_dir: Path) -> int | None:
+    """The step of the last record in metrics.jsonl."""
+    steps = [record["step"] for record in _records(run_dir / "metrics.jsonl", last_bytes=65536)]
+    return steps[-1] if steps else None
+
+
+class History:
+    """Writes the history of a run: what happens to the start of a job that this process is of."""
+
+    def __init__(self, run_dir: Path, job: str, restart: int) -> None:
+        self.run_dir = run_dir
+        self._key = {"job": job, "restart": restart}
+
+    def started(self, submission: str, nodes: Sequence[str], processes: int) -> None:
+        resumed_from = newest_checkpoint(self.run_dir)
+        self._append(
+            "start",
+            time=time.time(),
+            submission=submission,
+            nodes=list(nodes),
+            processes=processes,
+            resumed_from=resumed_from,
+        )
+
+    def ended(
+        self, ended: Ended, exit_code: int, reason: str | None, signal: str | None = None, bad_nodes: Sequence[str] = ()
+    ) -> None:
+        self._append(
+            "end",
+            ended_at=time.time(),
+            ended=ended,
+            signal=signal,
+            exit_code=exit_code,
+            step=last_step(self.run_dir),
+            checkpoint=newest_checkpoint(self.run_dir),
+            reason=reason,
+            bad_nodes=list(bad_nodes),
+        )
+
+    def explained(self, start: Start, reason: str, bad_nodes: Sequence[str] = ()) -> None:
+        """Records why an earlier start ended."""
+        self._append("reason", job=start.job, restart=start.restart, reason=reason, bad_nodes=list(bad_nodes))
+
+    def excluded(self, nodes: Sequence[str]) -> None:
+        self._append("excluded", excluded=list(nodes))
+
+    def _append(self, event: str, **values: Any) -> None:
+        """Raises OSError; otherwise the line has reached the disk."""
+        path = history_file(self.run_dir)
+        line = json.dumps({"event": event, **self._key, **values}) + "\n"
+        with path.open("a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(end - 1)
+                if file.read() != b"\n":  # writing the last line was cut short
+                    line = "\n" + line
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _records(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The JSON objects of a file, or of its last bytes; lines that are none are left out."""
+    try:
+        with path.open("rb") as file:
+            if last_bytes is not None:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - last_bytes))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

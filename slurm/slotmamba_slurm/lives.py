@@ -1,0 +1,158 @@
+"""Starts under Slurm and on this machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
+
+from slotmamba_slurm.history import NODE_FAILURE, Start, read_history
+from slotmamba_slurm.job import TrainJob
+from slotmamba_slurm.jobs import rest_of_chain
+from slotmamba_slurm.life import STOPPED, Life, Stop
+from slotmamba_slurm.places import Place, SlurmPlace
+from slotmamba_slurm.slurm_job import SlurmError, SlurmJob, nodes_down_since
+
+EARLY = 60  # seconds that Slurm may send a signal before it is asked to
+ACCOUNT_SECONDS = 5.0  # that accounts are waited for
+REASONS = {
+    "PREEMPTED": "preempted",
+    "TIMEOUT": "time limit",
+    "REQUEUED": "requeued by an operator",
+    "NODE_FAIL": NODE_FAILURE,
+    "BOOT_FAIL": NODE_FAILURE,
+    "CANCELLED": "cancelled",
+    "OUT_OF_MEMORY": "out of memory",
+    "DEADLINE": "deadline",
+}
+"""States of a start in Slurm's accounts that say why it has ended. Those that it queued again by itself are in the
+first four; one that we had queued again is REQUEUED too, and has a reason of ours already."""
+
+
+class SlurmLife(Life):
+    def __init__(self, place: Place, job: TrainJob) -> None:
+        self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        super().__init__(place, job, self.restart)
+        self.slurm = SlurmJob(place.job_id)
+
+    def explain(self, start: Start) -> None:
+        """A node that is lost often fails the training minutes before Slurm gives the node up."""
+        if _explained(start):
+            return
+        try:
+            reason, down = _from_accounts(start)
+        except SlurmError as error:
+            print(f"why job {start.job} has ended is not known: {error}", flush=True)
+            return
+        if reason is not None and (reason != start.reason or down):
+            self.history.explained(start, reason, down)
+            print(f"job {start.job} has ended: {', '.join([reason, *down])}", flush=True)
+
+    def stopped(self, code: int, stop: Stop) -> int:
+        number, fields = self.place.job_id, self.slurm.fields()
+        if fields["JobState"] != "RUNNING":
+            self.history.ended("stopped", code, None, stop.signal)
+            self._ended_by_slurm(queued_again=int(fields["Restarts"]) > self.restart)
+            return STOPPED
+        reason = self.asked_by_hand() or why_told_to_stop(fields, stop, self.job.signal_lead)
+        self.history.ended("stopped", code, reason, stop.signal)
+        # `scontrol update job=... requeue=0` has the last word.
+        if self.job.may_start_again and fields["Requeue"] == "1":
+            return self.queue_again()
+        print(f"job {number} is not queued again, as was asked; submit it again to resume", flush=True)
+        self.hand_on()
+        return STOPPED
+
+    def _ended_by_slurm(self, queued_again: bool) -> None:
+        """Slurm has ended the start and, for a lost node, an operator or at preemption, queued the job again."""
+        deadline = time.monotonic() + ACCOUNT_SECONDS
+        while not _explained(own := read_history(self.job.run_dir)[-1]) and time.monotonic() < deadline:
+            self.explain(own)
+            time.sleep(0.5)
+        what = "is queued again by Slurm" if queued_again else "is ended by Slurm"
+        print(f"job {self.place.job_id} {what}: {own.reason}", flush=True)
+        if queued_again:
+            self._exclude_bad_nodes(self.slurm)
+
+    def queue_again(self) -> int:
+        self.slurm.requeue()
+        print(f"job {self.place.job_id} is queued again", flush=True)
+        self._exclude_bad_nodes(self.slurm)
+        return STOPPED
+
+    def _exclude_bad_nodes(self, *jobs: SlurmJob) -> None:
+        bad = self.bad_nodes()
+        if not bad:
+            return
+        for job in jobs:
+            job.exclude(bad)
+        self.history.excluded(bad)
+        print(f"the job has failed twice on {', '.join(bad)}: excluded from now on", flush=True)
+
+    def hand_on(self) -> None:
+        rest = rest_of_chain(self.job.run_dir, self.place.job_id)
+        if rest:
+            print(f"job {rest[0]} of the chain goes on", flush=True)
+            self._exclude_bad_nodes(*map(SlurmJob, rest))
+
+    def end_chain(self) -> None:
+        rest = rest_of_chain(self.job.run_dir, self.place.job_id)
+        for number in rest:
+            SlurmJob(number).cancel_pending()
+        if rest:
+            print(f"the rest of the chain is cancelled: {', '.join(rest)}", flush=True)
+
+
+class LocalLife(Life):
+    """submitit's executor for this machine starts all tasks again when one of them asks for it."""
+
+    def __init__(self, place: Place, job: TrainJob) -> None:
+        before = [start for start in read_history(job.run_dir) if start.job == place.job_id]
+        super().__init__(place, job, restart=len(before))
+
+    def explain(self, start: Start) -> None:
+        """Nobody has more to say."""
+
+    def stopped(self, code: int, stop: Stop) -> int:
+        reason = self.asked_by_hand() or f"told to stop by {stop.signal}"
+        self.history.ended("stopped", code, reason, stop.signal)
+        return self.queue_again() if self.job.may_start_again else STOPPED
+
+    def queue_again(self) -> int:
+        return LOCAL_REQUEUE_RETURN_CODE
+
+    def hand_on(self) -> None:
+        """There are no chains here."""
+
+    def end_chain(self) -> None:
+        """There are no chains here."""
+
+
+def life_of(place: Place, job: TrainJob) -> Life:
+    return SlurmLife(place, job) if isinstance(place, SlurmPlace) else LocalLife(place, job)
+
+
+def _explained(start: Start) -> bool:
+    """Whether Slurm has nothing to add to what is known of an earlier start."""
+    if start.reason == NODE_FAILURE:
+        return start.bad_nodes != ()
+    return start.ended is not None and start.ended != "failed" and start.reason is not None
+
+
+def _from_accounts(start: Start) -> tuple[str | None, list[str]]:
+    """Why an earlier start has ended, and which of its nodes went down. Raises SlurmError."""
+    reason = start.reason or REASONS.get(SlurmJob(start.job).state_of_start(start.time) or "")
+    lost = start.ended == "failed" or reason == NODE_FAILURE
+    down = nodes_down_since(start.nodes, start.time) if lost else []
+    return (NODE_FAILURE if down else reason), down
+
+
+def why_told_to_stop(fields: Mapping[str, str], stop: Stop, lead: int) -> str:
+    """Why Slurm has sent a signal to a job that it goes on calling RUNNING: `fields` are what it says of the job."""
+    if fields.get("PreemptTime", "").isdigit():
+        return "preempted"
+    if fields["EndTime"].isdigit() and int(fields["EndTime"]) - stop.time <= lead + EARLY:
+        return "time limit"
+    return f"told to stop by {stop.signal}"

@@ -1,0 +1,40 @@
+"""The jobs of a run, by what submitting leaves in its folder."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+from slotmamba_slurm.jobs import submitted_jobs
+from slotmamba_slurm.stop import live_controllers
+
+
+@dataclass(frozen=True)
+class RunJobs:
+    """folder: of the files of the jobs; slurm: ids of those on Slurm; local: process numbers of submitit's controllers
+    for cluster=local, on the hosts where it was submitted; both in the order of their submission; recipes: what was
+    submitted."""
+
+    folder: Path
+    slurm: list[str]
+    local: list[int]
+    recipes: list[Path]
+
+    def local_state(self) -> str | None:
+        """The state of the last one for cluster=local, in Slurm's words; None where it is unknown: there is none, it
+        has ended without a result, or runs on another host."""
+        if not self.local:
+            return None
+        if live_controllers(self.folder, self.local[-1:]):
+            return "RUNNING"
+        results = [pickle.loads(path.read_bytes())[0] for path in self.folder.glob(f"{self.local[-1]}_*_result.pkl")]
+        return None if not results else "FAILED" if "error" in results else "COMPLETED"
+
+
+def run_jobs(run_dir: Path) -> RunJobs:
+    folder = run_dir / "slurm"
+    jobs = submitted_jobs(run_dir)
+    slurm = [each.job for each in jobs if each.cluster == "slurm"]
+    local = [int(each.job) for each in jobs if each.cluster == "local"]
+    return RunJobs(folder, slurm, local, list(folder.glob("submission-*/recipe.yaml")))
