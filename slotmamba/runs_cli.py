@@ -170,7 +170,7 @@ def _logs(args: argparse.Namespace) -> int:
     path = _one_run(args.run)
     if args.lines is not None and args.lines < 0:
         raise InputError(f"--lines {args.lines}: expected a number of lines")
-    logs = RunLogs(path, path / "slurm", args.rank)
+    logs = RunLogs(path, args.rank)
     so_far = shown(logs.new(last=not args.follow), args.rank is None)
     for line in so_far if args.lines is None else so_far[max(0, len(so_far) - args.lines) :]:
         print(line)

@@ -51,13 +51,9 @@ class _Tail:
 
 @dataclass
 class RunLogs:
-    """The logs of a run; each call of `new` returns what was written since the one before.
-
-    jobs: the folder of the outputs of its jobs; rank: of this rank only.
-    """
+    """The logs of a run; each call of `new` returns what was written since the one before. rank: of this one only."""
 
     run_dir: Path
-    jobs: Path
     rank: int | None = None
     _logs: dict[Path, _Tail] = field(default_factory=dict)
     _outputs: dict[Path, _Tail] = field(default_factory=dict)
@@ -83,7 +79,7 @@ class RunLogs:
         for path in sorted((self.run_dir / "logs").glob("rank-*.log")):
             if (found := _RANK_LOG.fullmatch(path.name)) and self.rank in (None, int(found[1])):
                 self._logs.setdefault(path, _Tail(path, int(found[1])))
-        for path in sorted(self.jobs.glob("*_log.*")):
+        for path in sorted((self.run_dir / "slurm").glob("*_log.*")):
             found = _OUTPUT.fullmatch(path.name)
             if found and self.rank in (None, int(found[1])):
                 self._outputs.setdefault(path, _Tail(path, int(found[1])))

@@ -76,7 +76,9 @@ def status(name: str, folder: RunFolder, job: Job | None) -> Status:
     last: dict[str, Any] = train[-1] if train else {}
     step, total = _step(folder, last), _total(folder)
     restarts = max(0, len(folder.starts) - 1)
-    if not why and restarts:
+    if state == QUEUED and folder.starts:
+        why = ", ".join([*([why] if why else []), f"again after: {end_of(folder.starts[-1])}"])
+    elif not why and restarts:
         why = f"restarted after: {end_of(folder.starts[-2])}"
     seen = [*(beat.time for beat in folder.beats), *([last["time"]] if "time" in last else [])]
     return Status(

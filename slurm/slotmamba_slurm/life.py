@@ -126,6 +126,10 @@ class Life(ABC):
             named = re.findall(rb"^the job ends: rank (\d+)\b", log.read(), re.MULTILINE)
         return int(named[-1]) if named else None
 
+    def asked_by_hand(self) -> str | None:
+        """That the job was told to stop for good, in words."""
+        return "slotmamba runs stop" if self.job.stop_file.exists() else None
+
     @property
     def nodes(self) -> Sequence[str]:
         return self.place.hostnames

@@ -39,19 +39,14 @@ class SlurmLife(Life):
 
     def explain(self, start: Start) -> None:
         """A node that is lost often fails the training minutes before Slurm gives the node up."""
-        known = start.ended is not None and start.reason is not None
-        if known and start.ended != "failed":
+        if _explained(start):
             return
         try:
-            if start.ended == "failed":
-                reason = NODE_FAILURE if (down := nodes_down_since(start.nodes, start.time)) else None
-            else:
-                reason = REASONS.get(SlurmJob(start.job).state_of_start(start.time) or "")
-                down = nodes_down_since(start.nodes, start.time) if reason == NODE_FAILURE else []
+            reason, down = _from_accounts(start)
         except SlurmError as error:
             print(f"why job {start.job} has ended is not known: {error}", flush=True)
             return
-        if reason is not None:
+        if reason is not None and (reason != start.reason or down):
             self.history.explained(start, reason, down)
             print(f"job {start.job} has ended: {', '.join([reason, *down])}", flush=True)
 
@@ -61,10 +56,10 @@ class SlurmLife(Life):
             self.history.ended("stopped", code, None, stop.signal)
             self._ended_by_slurm(queued_again=int(fields["Restarts"]) > self.restart)
             return STOPPED
-        self.history.ended("stopped", code, why_told_to_stop(fields, stop, self.job.signal_lead), stop.signal)
-        if (
-            self.job.may_start_again and fields["Requeue"] == "1"
-        ):  # `scontrol update job=... requeue=0` has the last word
+        reason = self.asked_by_hand() or why_told_to_stop(fields, stop, self.job.signal_lead)
+        self.history.ended("stopped", code, reason, stop.signal)
+        # `scontrol update job=... requeue=0` has the last word.
+        if self.job.may_start_again and fields["Requeue"] == "1":
             return self.queue_again()
         print(f"job {number} is not queued again, as was asked; submit it again to resume", flush=True)
         self.hand_on()
@@ -73,7 +68,7 @@ class SlurmLife(Life):
     def _ended_by_slurm(self, queued_again: bool) -> None:
         """Slurm has ended the start and, for a lost node, an operator or at preemption, queued the job again."""
         deadline = time.monotonic() + ACCOUNT_SECONDS
-        while (own := read_history(self.job.run_dir)[-1]).reason is None and time.monotonic() < deadline:
+        while not _explained(own := read_history(self.job.run_dir)[-1]) and time.monotonic() < deadline:
             self.explain(own)
             time.sleep(0.5)
         what = "is queued again by Slurm" if queued_again else "is ended by Slurm"
@@ -121,7 +116,8 @@ class LocalLife(Life):
         """Nobody has more to say."""
 
     def stopped(self, code: int, stop: Stop) -> int:
-        self.history.ended("stopped", code, f"told to stop by {stop.signal}", stop.signal)
+        reason = self.asked_by_hand() or f"told to stop by {stop.signal}"
+        self.history.ended("stopped", code, reason, stop.signal)
         return self.queue_again() if self.job.may_start_again else STOPPED
 
     def queue_again(self) -> int:
@@ -136,6 +132,21 @@ class LocalLife(Life):
 
 def life_of(place: Place, job: TrainJob) -> Life:
     return SlurmLife(place, job) if isinstance(place, SlurmPlace) else LocalLife(place, job)
+
+
+def _explained(start: Start) -> bool:
+    """Whether Slurm has nothing to add to what is known of an earlier start."""
+    if start.reason == NODE_FAILURE:
+        return start.bad_nodes != ()
+    return start.ended is not None and start.ended != "failed" and start.reason is not None
+
+
+def _from_accounts(start: Start) -> tuple[str | None, list[str]]:
+    """Why an earlier start has ended, and which of its nodes went down. Raises SlurmError."""
+    reason = start.reason or REASONS.get(SlurmJob(start.job).state_of_start(start.time) or "")
+    lost = start.ended == "failed" or reason == NODE_FAILURE
+    down = nodes_down_since(start.nodes, start.time) if lost else []
+    return (NODE_FAILURE if down else reason), down
 
 
 def why_told_to_stop(fields: Mapping[str, str], stop: Stop, lead: int) -> str:

@@ -1,4 +1,4 @@
-"""The jobs of a run, by the files that submitting leaves in its folder."""
+"""The jobs of a run, by what submitting leaves in its folder."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
+from slotmamba_slurm.jobs import submitted_jobs
 from slotmamba_slurm.stop import live_controllers
-
-_SCRIPT, _PICKLE = "_submission.sh", "_submitted.pkl"
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,7 @@ class RunJobs:
 
 def run_jobs(run_dir: Path) -> RunJobs:
     folder = run_dir / "slurm"
-    slurm = _numbers(folder, _SCRIPT)
-    local = [int(name) for name in _numbers(folder, _PICKLE) if name.isdigit() and name not in slurm]
+    jobs = submitted_jobs(run_dir)
+    slurm = [each.job for each in jobs if each.cluster == "slurm"]
+    local = [int(each.job) for each in jobs if each.cluster == "local"]
     return RunJobs(folder, slurm, local, list(folder.glob("submission-*/recipe.yaml")))
-
-
-def _numbers(folder: Path, suffix: str) -> list[str]:
-    """What stands before `suffix` in the names of files, oldest file first."""
-    files = sorted(folder.glob(f"*{suffix}"), key=lambda path: path.stat().st_mtime)
-    return [path.name.removesuffix(suffix) for path in files]

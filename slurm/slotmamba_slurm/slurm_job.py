@@ -59,11 +59,12 @@ class SlurmJob:
 
 def nodes_down_since(nodes: Sequence[str], time: float) -> list[str]:
     """Those of `nodes` that went down after `time`, by Slurm's accounts, whatever they are now. Raises SlurmError."""
-    since = datetime.fromtimestamp(time).strftime("%Y-%m-%dT%H:%M:%S")
+    earliest = int(time) - CLOCKS
+    since = datetime.fromtimestamp(earliest - 1).strftime("%Y-%m-%dT%H:%M:%S")  # not sooner leaves out the very second
     which = ["event", f"nodes={','.join(nodes)}", f"start={since}"]
     table = _run("sacctmgr", "-n", "-P", "show", *which, "format=NodeName,Start,State")
     events = [line.split("|") for line in table.splitlines()]
-    down = {node for node, start, state in events if state.startswith("DOWN") and int(start) >= int(time)}
+    down = {node for node, start, state in events if state.startswith("DOWN") and int(start) >= earliest}
     return [node for node in nodes if node in down]
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +24,7 @@ from slotmamba_slurm.life import Stop, TrainingFailed
 from slotmamba_slurm.lives import life_of
 from slotmamba_slurm.places import LocalPlace, Place, SlurmPlace
 from slotmamba_slurm.sweep_hook import write_sweep_results
+from slotmamba_slurm.timed_output import TimedLines
 
 PICKLE_SECONDS = 60.0  # in which submitit moves the pickle to where the job's number says, once it knows the number
 STOPS = (signal.SIGUSR2, signal.SIGTERM)
@@ -61,6 +63,7 @@ def main(folder: str) -> int:
         job = _load(place.paths.submitted_pickle)
         if job.stop_file.exists():  # `slotmamba runs stop` came before the training processes did
             print(f"{job.stop_file} is there: nothing is trained", flush=True)
+            _write_result(place.paths.result_pickle, ("success", 0))
             return 0
         print(f"{place}: rendezvous at {place.rendezvous}", flush=True)
         if place.global_rank == 0:
@@ -124,4 +127,5 @@ def _write_result(path: Path, result: tuple[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    with redirect_stdout(TimedLines(sys.stdout)):
+        sys.exit(main(sys.argv[1]))

@@ -22,7 +22,7 @@ def write(path: Path, *lines: str) -> None:
 def test_ranks_in_the_order_of_time(tmp_path: Path) -> None:
     write(tmp_path / "logs" / "rank-00000.log", at(1, "a"), "Traceback", at(4, "b"))
     write(tmp_path / "logs" / "rank-00001.log", at(2, "c"), at(3, "d"), "the job ends: e")
-    lines = shown(RunLogs(tmp_path, tmp_path / "slurm").new(), prefixed=True)
+    lines = shown(RunLogs(tmp_path).new(), prefixed=True)
     assert lines == [
         f"[0] {at(1, 'a')}",
         "[0] Traceback",
@@ -42,13 +42,13 @@ def test_outputs_of_jobs_between_them(tmp_path: Path) -> None:
     early = tmp_path / "slurm" / "4_0_log.out"  # of a job that failed before it trained
     write(early, "ImportError")
     os.utime(early, (0, datetime(2026, 11, 25, 7, 59).timestamp()))
-    texts = [line.rpartition(": ")[2] for line in shown(RunLogs(tmp_path, tmp_path / "slurm").new(), prefixed=False)]
+    texts = [line.rpartition(": ")[2] for line in shown(RunLogs(tmp_path).new(), prefixed=False)]
     assert texts == ["ImportError", "starts", "task", "hm", "step 1", "warns", "in two lines", "c", "stopped", "queued"]
 
 
 def test_what_comes_later(tmp_path: Path) -> None:
     log, output = tmp_path / "logs" / "rank-00000.log", tmp_path / "slurm" / "5_0_log.out"
-    logs = RunLogs(tmp_path, tmp_path / "slurm")
+    logs = RunLogs(tmp_path)
     assert logs.new() == []
     write(log, at(1, "a"))
     with log.open("a") as file:
@@ -67,6 +67,6 @@ def test_what_comes_later(tmp_path: Path) -> None:
 
 def test_one_rank(tmp_path: Path) -> None:
     for rank in (0, 1):
-        write(tmp_path / "slurm" / f"7_1_{rank}_log.out", f"mine {rank}")
-    logs = RunLogs(tmp_path, tmp_path / "slurm", rank=1)
-    assert shown(logs.new(), prefixed=False) == ["mine 1"]
+        write(tmp_path / "logs" / f"rank-{rank:05d}.log", at(rank, f"logged by {rank}"))
+        write(tmp_path / "slurm" / f"7_1_{rank}_log.out", f"printed by {rank}")
+    assert shown(RunLogs(tmp_path, rank=1).new(), prefixed=False) == [at(1, "logged by 1"), "printed by 1"]

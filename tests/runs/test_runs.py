@@ -16,6 +16,7 @@ import pytest
 
 from slotmamba.cli import main
 from slotmamba_slurm import queue
+from slotmamba_slurm.jobs import note_job
 from tests.runs.commands import listed, said
 from tests.slurm.jobs import arguments, cli, step, until
 from tests.train.runs import committed, fails, records
@@ -141,9 +142,13 @@ def test_logs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert said(capsys, "logs", run, "--follow", "--lines", "1")[0] == lines[-1] + "\n"
 
 
+def pid_of_the_last_beat(run: Path) -> int:
+    return int(json.loads((run / "logs" / "heartbeat-00000.json").read_bytes())["pid"])
+
+
 @pytest.mark.slow
 def test_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A process that is watched, stopped, resumed and killed."""
+    """A process that is watched and stopped; resumed and killed; resumed again, and killed while it is to stop."""
     run = tmp_path / "run"
     command = ["train", *arguments(run, "train.steps=100000")]
     first = cli(*command)
@@ -178,6 +183,19 @@ def test_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (dead["state"], dead["why"]) == ("dead", "ended without a word (killed? out of memory?)")
     out, _ = said(capsys, "show", str(run))
     assert re.search(rf"\n1 .* 0  .*  SIGTERM\n2 .* {saved}  .*  ended without a word", out)
+    third = cli(*command)
+    try:
+        until(lambda: pid_of_the_last_beat(run) == third.pid)
+        third.send_signal(signal.SIGSTOP)  # it cannot save
+        stop = cli("runs", "stop", str(run))
+        assert stop.stdout is not None
+        assert stop.stdout.readline() == f"{run}: stopping process {third.pid} on this machine\n"
+        third.kill()
+        out, err = stop.communicate(timeout=60)
+        assert out.endswith(f"{run}: ended without saving, the newest checkpoint is of step {saved}\n")
+        assert (stop.returncode, err) == (1, f"error: ended without saving: {run}\n")
+    finally:
+        third.kill()
 
 
 def test_a_process_of_another_host(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +224,7 @@ def with_a_job(runs: Path, run: Path) -> Path:
     shutil.copytree(runs / "finished", run)
     (run / "slurm" / "submission-001").mkdir(parents=True)
     shutil.copy(run / "recipe.yaml", run / "slurm" / "submission-001")
-    (run / "slurm" / "1234_submission.sh").touch()
+    note_job(run, "1234", "slurm", "submission-001")
     return run
 
 

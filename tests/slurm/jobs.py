@@ -12,6 +12,7 @@ from pathlib import Path
 
 from slotmamba.metrics import read_metrics
 from slotmamba_slurm.cluster import SlurmCluster
+from slotmamba_slurm.history import read_history
 
 SMALL = ["train.device=cpu", "train.steps=24", "train.global_batch_tokens=256", "train.micro_batch=1", "optim.warmup=2"]
 SMALL += ["train.log_every=1", "train.eval_every=100", "train.eval_rows=2", "train.checkpoint.every=100"]
@@ -83,3 +84,23 @@ def holds(folder: Path, text: str) -> list[Path]:
         for name in names
         if text.encode() in (Path(parent) / name).read_bytes()
     ]
+
+
+def trainers(run_dir: Path) -> dict[int, int]:
+    """The process number, as outside of its node, of each rank that trains."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        if b"train" in command and any(part.startswith(bytes(run_dir / "slurm")) for part in command):
+            ranks = [int(each[5:]) for each in variables if each.startswith(b"RANK=")]
+            found[ranks[0] if ranks else 0] = int(process.name)
+    return found
+
+
+def reasons(run_dir: Path) -> list[str | None]:
+    """Of all starts, why they ended."""
+    return [start.reason for start in read_history(run_dir)]

@@ -10,7 +10,7 @@ import pytest
 from slotmamba.cli import main
 from slotmamba_slurm.cluster import SlurmCluster
 from tests.runs.commands import listed, said
-from tests.slurm.jobs import arguments, cli, completed, output, step, submitted, succeeds, until
+from tests.slurm.jobs import arguments, cli, output, step, submitted, succeeds, until
 from tests.train.runs import committed
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
@@ -33,12 +33,13 @@ def filled(cluster: SlurmCluster) -> str:
 
 
 def test_from_queue_to_resubmission(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One job on two nodes: it waits, runs, is queued again, is stopped for good, and resumed by another."""
+    """One job on two nodes: it waits, runs, is queued again, is stopped for good, and resumed by a chain of others,
+    which are cancelled at once."""
     fill = filled(cluster)
     job = submitted(cluster, tmp_path, LONG)
     (waiting,) = listed(capsys, tmp_path).values()
     assert (waiting["state"], waiting["job"], waiting["step"], waiting["total"]) == ("queued", job, 0, 100000)
-    assert waiting["why"] in ("Resources", "Priority", "None")
+    assert waiting["why"] in ("Resources", "Priority", "")  # Slurm takes a moment for it
     follower = cli("runs", "logs", str(tmp_path), "--follow")
     try:
         cluster.run("scancel", fill)
@@ -50,17 +51,25 @@ def test_from_queue_to_resubmission(cluster: SlurmCluster, tmp_path: Path, capsy
         until(lambda: committed(tmp_path))
         (first,) = committed(tmp_path)
         until(lambda: step(tmp_path) >= first + 2)
+        (restarted,) = listed(capsys, tmp_path).values()
+        assert (restarted["restarts"], restarted["why"]) == (1, "restarted after: told to stop by SIGUSR2")
         stop(capsys, tmp_path, job)
         assert_stopped(cluster, tmp_path, job, capsys)
         followed = succeeds(follower)  # by itself, for the run has ended
     finally:
         follower.kill()
     assert_logs(tmp_path, job, first, followed, said(capsys, "logs", str(tmp_path))[0])
+    starts = [rf"\n{number}      {job} .* node1,node2: 2 processes  " for number in (1, 2)]
+    shown = said(capsys, "show", str(tmp_path))[0]
+    assert re.search(rf"{starts[0]}told to stop by SIGUSR2{starts[1]}slotmamba runs stop\n", shown), shown
     last = committed(tmp_path)[-1]
-    again = submitted(cluster, tmp_path, f"train.steps={last + 2}")
-    completed(cluster, tmp_path, again)
+    again = submitted(cluster, tmp_path, LONG, "slurm.chain=2", "slurm.requeue=false")
+    until(lambda: step(tmp_path) > last)
     assert f"mqar-tiny: resumes after step {last} " in output(tmp_path, again)
-    assert the_run(capsys, tmp_path)[0] == "finished"
+    both = [again, str(int(again) + 1)]
+    out = said(capsys, "stop", str(tmp_path), "--now")[0]
+    assert out == f"{tmp_path}: cancelling job {both[0]} (RUNNING), job {both[1]} (PENDING)\n"
+    assert [cluster.wait_for_job(job)["JobState"] for job in both] == ["CANCELLED"] * 2
 
 
 def stop(capsys: pytest.CaptureFixture[str], run_dir: Path, job: str) -> None:
@@ -74,11 +83,11 @@ def stop(capsys: pytest.CaptureFixture[str], run_dir: Path, job: str) -> None:
 
 def assert_stopped(cluster: SlurmCluster, run_dir: Path, job: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The job is over, with a checkpoint of its last step, and does not come again."""
+    assert the_run(capsys, run_dir) == ("stopped", "slotmamba runs stop")
     found = cluster.job(job)
     assert (found["JobState"], found["Restarts"], found["Requeue"]) == ("COMPLETED", "1", "0")
     assert committed(run_dir)[-1] == step(run_dir)
     assert cluster.run("scontrol", "requeue", job, check=False).returncode == 1
-    assert the_run(capsys, run_dir)[0] == "stopped"
 
 
 def assert_logs(run_dir: Path, job: str, first: int, followed: str, merged: str) -> None:
@@ -117,7 +126,7 @@ def test_jobs_that_fail(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.Ca
     early, late = tmp_path / "early", tmp_path / "late"
     jobs = [
         submitted(cluster, early, "slurm.setup=[exit 3]"),
-        submitted(cluster, late, "optim.lr=1e30", "optim.clip_norm=1e30"),
+        submitted(cluster, late, "optim.lr=1e30", "optim.clip_norm=1e30", "slurm.max_retries=0"),
     ]
     for job in jobs:
         assert cluster.wait_for_job(job, seconds=90)["JobState"] == "FAILED"
@@ -127,16 +136,10 @@ def test_jobs_that_fail(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.Ca
     assert found["late"]["nodes"] == "node[1-2]"
 
 
-def test_cancelled_at_once(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = submitted(cluster, tmp_path, LONG)
-    until(lambda: step(tmp_path) >= 1)
-    assert said(capsys, "stop", str(tmp_path), "--now")[0] == f"{tmp_path}: cancelling job {job} (RUNNING)\n"
-    assert cluster.wait_for_job(job)["JobState"] == "CANCELLED"
-
-
 def test_a_job_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With cluster=local, a stopped job would start again."""
-    command = ["submit", *arguments(tmp_path, "cluster=local", LONG)]
+    # The time limit is for a test that fails, which would leave the job behind.
+    command = ["submit", *arguments(tmp_path, "cluster=local", LONG, "train.time_limit=2m")]
     process = cli(*command)
     try:
         until(lambda: step(tmp_path) >= 2)

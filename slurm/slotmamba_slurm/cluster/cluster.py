@@ -89,7 +89,7 @@ class SlurmCluster:
             self._start("slurmctld", ["slurmctld", "-D", "-i"])
             self._wait("slurmctld", lambda: "is UP" in self.run("scontrol", "ping", check=False).stdout)
             for node in self.nodes:
-                self._start_node(node.name)
+                self.start_node(node.name)
             self._wait("the nodes", self._all_idle)
         except BaseException:
             self.stop()
@@ -98,7 +98,7 @@ class SlurmCluster:
     def stop(self) -> None:
         """Ends every process of this cluster, jobs included; the folder stays."""
         for node in self.nodes:
-            self._kill(node.name)
+            self.kill_node(node.name)
         for name in ("slurmctld", "slurmdbd", "mariadbd", "munged"):
             daemon = self._daemons.pop(name, None)
             if daemon is None:
@@ -111,10 +111,15 @@ class SlurmCluster:
                 daemon.wait()
 
     def reset(self) -> None:
-        """Cancels all jobs and waits until every node is idle."""
+        """Cancels all jobs, brings back all nodes and waits until every one is idle."""
+        for node in self.nodes:
+            if node.name not in self._daemons:
+                self.start_node(node.name)
         for options in (["--full", "--signal=KILL"], []):
             self.run("scancel", *options, "--user=root", check=False)
         self._wait("an empty queue", lambda: not self.run("squeue", "-h").stdout.strip())
+        for node in self.nodes:  # refused for those that are up
+            self.run("scontrol", "update", f"nodename={node.name}", "state=resume", check=False)
         self._wait("the nodes", self._all_idle)
 
     def run(self, *command: str, check: bool = True, seconds: float = 60, **settings: Any) -> Any:
@@ -178,7 +183,8 @@ class SlurmCluster:
         self._wait("slurmdbd", lambda: self.run(*clusters, check=False).returncode == 0)
         self.run("sacctmgr", "-i", "add", "cluster", CLUSTER)
 
-    def _start_node(self, name: str) -> None:
+    def start_node(self, name: str) -> None:
+        """Starts a node, at first or after `kill_node`; it is ready when slurmctld says so."""
         # sh is the first process of the node, which reaps: slurmd leaves the ones it is handed as zombies.
         script = (
             f"mount --bind {self.folder}/etc/hosts /etc/hosts && hostname {name} && {{ slurmd -D -N {name} & wait; }}"
@@ -186,8 +192,9 @@ class SlurmCluster:
         namespaces = ["--uts", "--pid", "--mount", "--fork", "--kill-child=SIGKILL", "--propagation", "private"]
         self._start(name, ["unshare", *namespaces, "--mount-proc", "sh", "-c", script])
 
-    def _kill(self, name: str) -> None:
-        """unshare takes the first process of the node with it, and that all others."""
+    def kill_node(self, name: str) -> None:
+        """Kills all processes of a node at once: slurmd, and those of jobs. Slurm notices it SlurmdTimeout later."""
+        # unshare takes the first process of the node with it, and that all others.
         daemon = self._daemons.pop(name, None)
         if daemon is not None:
             daemon.kill()
