@@ -26,8 +26,10 @@ def sweep_report(results: SweepResults) -> str:
     states = Counter(cell.status.state for cell in results.ranked)
     head = f"{results.name}: {', '.join(f'{count} {state}' for state, count in states.items())}"
     notes = [f"{problem}: what is said of jobs is from the run folders alone" for problem in results.problems]
-    parts = ["\n".join([head, *notes, f"best first by {MEANING[results.measure]}"]), _table(results)]
-    parts += [_dots(results)] if sum(cell.last(results.measure) is not None for cell in results.cells) > 1 else []
+    measured = [cell for cell in results.cells if cell.last(results.measure) is not None]
+    order = [f"best first by {MEANING[results.measure]}"] if measured else []
+    parts = ["\n".join([head, *notes, *order]), _table(results)]
+    parts += [_dots(results)] if len(measured) > 1 else []
     parts += [_failure(cell) for cell in results.ranked if cell.status.state in IN_TROUBLE]
     return "\n\n".join(parts) + "\n"
 
@@ -36,7 +38,7 @@ def _table(results: SweepResults) -> str:
     measures = [each for each in MEANING if any(cell.curves[each] for cell in results.cells)]
     rows = [
         (
-            *(setting_text(cell.settings[key]) if key in cell.settings else "" for key in results.keys),
+            *(setting_text(cell.settings[key]) if key in cell.settings else "-" for key in results.keys),
             *(_number(cell, each) for each in measures),
             f"{cell.status.step}/{number(cell.status.total, 'd')}",
             cell.status.state,
