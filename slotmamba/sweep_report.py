@@ -1,5 +1,5 @@
 """The results of a sweep as text, the best cell first: ``python -m slotmamba.sweep_report RUN_DIR`` writes results.txt,
-results.csv and plots. Every cell does so when it has ended, and adds its job and the state that Slurm will give it."""
+results.csv and plots, as every cell does when it has ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 
 from slotmamba.files import write_text
-from slotmamba.runs.status import Job
 from slotmamba.runs.words import number
 from slotmamba.sweep_plots import plot_sweep
 from slotmamba.sweep_results import IN_TROUBLE, MEANING, CellResult, SweepResults, setting_text, sweep_results
@@ -86,10 +85,8 @@ def _csv(results: SweepResults) -> str:
     return text.getvalue()
 
 
-def write_results(folder: Path, ended: Job | None = None) -> str:
+def write_results(folder: Path) -> str:
     """Writes results.txt, results.csv and plots into the folder of a sweep; returns the first, and where all are.
-
-    `ended`: as for `sweep_results`.
 
     Raises:
         InputError, OSError: as `sweep_results`, or a file cannot be written.
@@ -97,7 +94,7 @@ def write_results(folder: Path, ended: Job | None = None) -> str:
     with (folder / ".results.lock").open("a") as lock:
         # Cells that end together: the one that writes last sees what the others left.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        results = sweep_results(folder, ended)
+        results = sweep_results(folder)
         text = sweep_report(results)
         files = {folder / "results.txt": text, folder / "results.csv": _csv(results)}
         for path, content in files.items():
@@ -107,4 +104,4 @@ def write_results(folder: Path, ended: Job | None = None) -> str:
 
 
 if __name__ == "__main__":
-    print(write_results(Path(sys.argv[1]), Job(sys.argv[2], sys.argv[3]) if sys.argv[2:] else None), end="")
+    print(write_results(Path(sys.argv[1])), end="")

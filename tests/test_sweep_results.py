@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from slotmamba.config import load_recipe, save_recipe
 from slotmamba.config.cells import Cell, load_sweep
 from slotmamba.config.sweep_file import read_sweep, record_sweep
 from slotmamba.errors import InputError
-from slotmamba.runs.status import Job
 from slotmamba.sweep_report import sweep_report, write_results
 from slotmamba.sweep_results import RECALL, TRAINING, VALIDATION, not_to_submit, sweep_results
 from slotmamba_slurm.jobs import note_job
@@ -202,19 +202,23 @@ def test_slurm_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         not_to_submit(load_sweep("mqar-tiny", [f"run_dir={tmp_path}", "sweep.seed=[1]"]))
 
 
-def test_the_job_that_asks_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The results that a cell writes at its end count it as ended, though Slurm still calls its job RUNNING."""
-    (cell,) = sweep_in(tmp_path, "sweep.seed=[1]")
-    folder, tools = cell.recipe.run_path, tmp_path / "tools"
-    finished(cell, train(20, 3.0))
-    (folder / "slurm").mkdir()
-    note_job(folder, "7_0", "slurm", "submission-001")
+def test_a_job_that_slurm_calls_running_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells that write the results at their end count themselves as ended, and those that ended just before."""
+    cells = sweep_in(tmp_path, "sweep.seed=[1,2]")
+    tools = tmp_path / "tools"
     tools.mkdir()
-    (tools / "squeue").write_text("#!/bin/sh\necho '7_0|RUNNING|None|node1|2026-01-01T00:00:00'\n")
+    rows = "".join(f"7_{number}|RUNNING|None|node1|2025-01-01T00:00:00\\n" for number in (0, 1))
+    (tools / "squeue").write_text(f"#!/bin/sh\nprintf '{rows}'\n")
     (tools / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
-    assert [cell.status.state for cell in sweep_results(tmp_path).cells] == ["running"]
-    assert [cell.status.state for cell in sweep_results(tmp_path, Job("7_0", "COMPLETED")).cells] == ["finished"]
+    for number, cell in enumerate(cells):
+        finished(cell, train(20, 3.0))
+        (cell.recipe.run_path / "slurm").mkdir()
+        note_job(cell.recipe.run_path, f"7_{number}", "slurm", "submission-001")
+    assert [cell.status.state for cell in sweep_results(tmp_path).cells] == ["running", "running"]
+    (tmp_path / "seed=1" / "slurm" / "7_0_0_result.pkl").write_bytes(pickle.dumps(("success", 0)))
+    (tmp_path / "seed=2" / "slurm" / "7_1_0_result.pkl").symlink_to("not/there")
+    assert [cell.status.state for cell in sweep_results(tmp_path).cells] == ["finished", "running"]
 
 
 def test_a_damaged_file(tmp_path: Path) -> None:

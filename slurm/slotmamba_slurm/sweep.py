@@ -161,9 +161,10 @@ def _number(array: list[Job[None]]) -> str:
 def _link_files(job: Job[None], folder: Path) -> None:
     """Puts links to the files of a cell's job where those of any run are: submitit has one folder for an array."""
     files = {f"{job.job_id}_submission.sh": job.paths.submission_file}
-    files |= {job.task(rank).paths.stdout.name: job.task(rank).paths.stdout for rank in range(job.num_tasks)}
+    for paths in (job.task(rank).paths for rank in range(job.num_tasks)):
+        paths.stdout.touch()  # a job that waits has no output yet, and one that runs adds to it
+        files |= {path.name: path for path in (paths.stdout, paths.result_pickle)}
     for name, path in files.items():
-        path.touch()  # a job that waits has no output yet, and one that runs adds to it
         (folder / name).symlink_to(os.path.relpath(path, folder))
 
 

@@ -59,6 +59,7 @@ def main(folder: str) -> int:
     child = Child()  # first of all: a signal that comes before it ends the task
     os.environ["SUBMITIT_FOLDER"] = folder  # where submitit's paths are
     place = _place()
+    place.paths.result_pickle.unlink(missing_ok=True)  # of a start before, if the job was queued again by hand
     try:
         job = _load(place.paths.submitted_pickle)
         if job.stop_file.exists():  # `slotmamba runs stop` came before the training processes did
@@ -74,6 +75,8 @@ def main(folder: str) -> int:
     except TrainingFailed as error:
         _write_result(place.paths.result_pickle, ("error", str(error)))
         print(error, flush=True)
+        if place.global_rank == 0:
+            write_sweep_results(job)
         return 1
     except Exception:
         _write_result(place.paths.result_pickle, ("error", traceback.format_exc()))
@@ -89,14 +92,10 @@ def _lead(place: Place, job: TrainJob, child: Child) -> int:
     if elsewhere is not None:
         return elsewhere
     code = child.run(job.command(), env=os.environ | place.variables(job.cpus))
-    try:
-        exit_code = life.end(code, child.stop)
-    except TrainingFailed:
-        write_sweep_results(job, place.job_id, "FAILED")
-        raise
+    exit_code = life.end(code, child.stop)
     if child.stop is None and code == 0:
         _finish(place, code)
-        write_sweep_results(job, place.job_id, "COMPLETED")
+        write_sweep_results(job)
     return exit_code
 
 
