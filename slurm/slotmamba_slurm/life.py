@@ -50,7 +50,7 @@ class Life(ABC):
         if before:
             self.explain(before[-1])
         self.history.started(self.job.submission, self.nodes, self.job.processes)
-        bad = [node for node in self.bad_nodes() if node in self.nodes]
+        bad = [node for node in self.nodes_to_exclude() if node in self.nodes]
         if bad and self.job.requeue:
             self.history.ended("stopped", STOPPED, f"failed twice before on {', '.join(bad)}")
             return self.queue_again()
@@ -75,7 +75,7 @@ class Life(ABC):
             self.history.ended("finished", code, "finished")
             self.end_chain()
             return 0
-        self.history.ended("failed", code, f"training failed ({_described(code)})", bad_nodes=self._named_nodes(code))
+        self.history.ended("failed", code, f"training failed ({_described(code)})", bad_nodes=self.blamed_nodes(code))
         return self._failed(code)
 
     def _failed(self, code: int) -> int:
@@ -102,15 +102,18 @@ class Life(ABC):
         failed = [start for start in self._starts() if start.ended == "failed" and start.reason != NODE_FAILURE]
         return sum(start.checkpoint == newest for start in failed)
 
-    def bad_nodes(self) -> list[str]:
-        """Nodes that the job was lost or has failed on twice since it was submitted."""
-        count = Counter(node for start in self._starts() for node in start.bad_nodes)
-        return [node for node, times in count.items() if times >= BAD_TWICE]
+    def nodes_to_exclude(self) -> list[str]:
+        """Nodes that the job was lost or has failed on twice since it was submitted, and has not been kept away from:
+        where that has failed, it has to do with them."""
+        starts = self._starts()
+        count = Counter(node for start in starts for node in start.bad_nodes)
+        excluded = {node for start in starts for node in start.excluded}
+        return [node for node, times in count.items() if times >= BAD_TWICE and node not in excluded]
 
     def _starts(self) -> list[Start]:
         return [start for start in read_history(self.job.run_dir) if start.submission == self.job.submission]
 
-    def _named_nodes(self, code: int) -> list[str]:
+    def blamed_nodes(self, code: int) -> list[str]:
         """The node of the rank that has caused the failure of all, where there is one.
 
         That is the rank that rank 0's log names. Rank 0 itself has left no word if it was killed.

@@ -81,13 +81,13 @@ class SlurmLife(Life):
         return STOPPED
 
     def _exclude_bad_nodes(self, *jobs: SlurmJob) -> None:
-        bad = self.bad_nodes()
+        bad = self.nodes_to_exclude()
         if not bad:
             return
-        for job in jobs:
-            job.exclude(bad)
         self.history.excluded(bad)
         print(f"the job has failed twice on {', '.join(bad)}: excluded from now on", flush=True)
+        for job in jobs:
+            job.exclude(bad)
 
     def hand_on(self) -> None:
         rest = rest_of_chain(self.job.run_dir, self.place.job_id)
@@ -112,6 +112,10 @@ class LocalLife(Life):
 
     def explain(self, start: Start) -> None:
         """Nobody has more to say."""
+
+    def blamed_nodes(self, code: int) -> list[str]:
+        """There is but one."""
+        return []
 
     def stopped(self, code: int, stop: Stop) -> int:
         self.history.ended("stopped", code, f"told to stop by {stop.signal}", stop.signal)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slotmamba.metrics import read_metrics
 from slotmamba_slurm.cluster import SlurmCluster
 from slotmamba_slurm.history import read_history
+from slotmamba_slurm.jobs import submitted_jobs
 
 SMALL = ["train.device=cpu", "train.steps=24", "train.global_batch_tokens=256", "train.micro_batch=1", "optim.warmup=2"]
 SMALL += ["train.log_every=1", "train.eval_every=100", "train.eval_rows=2", "train.checkpoint.every=100"]
@@ -33,14 +36,27 @@ def cli(*arguments: str, **variables: str) -> subprocess.Popen[str]:
     )
 
 
-def succeeds(process: subprocess.Popen[str]) -> str:
+def succeeds(process: subprocess.Popen[str], seconds: float = 90) -> str:
     """What the command printed."""
     try:
-        out, err = process.communicate(timeout=90)
+        out, err = process.communicate(timeout=seconds)
     finally:
         process.kill()
     assert process.returncode == 0, err
     return out
+
+
+@contextmanager
+def ended_with_the_test(process: subprocess.Popen[str], run_dir: Path) -> Iterator[None]:
+    """Where the test fails, ends all processes of a job on this machine: `process`, which waits for it, first."""
+    try:
+        yield
+    except BaseException:
+        controllers = [int(job.job) for job in submitted_jobs(run_dir)]
+        for pid in (process.pid, *controllers, *trainers(run_dir).values()):  # tasks end with what they have started
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        raise
 
 
 def submitted(cluster: SlurmCluster, run_dir: Path, *more: str, **variables: str) -> str:
@@ -71,8 +87,8 @@ def until(happened: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def completed(cluster: SlurmCluster, run_dir: Path, job: str) -> None:
-    found = cluster.wait_for_job(job, seconds=90)
+def completed(cluster: SlurmCluster, run_dir: Path, job: str, seconds: float = 90) -> None:
+    found = cluster.wait_for_job(job, seconds=seconds)
     assert found["JobState"] == "COMPLETED", output(run_dir, job)
 
 

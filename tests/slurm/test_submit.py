@@ -13,7 +13,21 @@ import pytest
 from slotmamba.cli import main
 from slotmamba.environment import git_state
 from slotmamba_slurm.cluster import SlurmCluster
-from tests.slurm.jobs import TWO, arguments, cli, completed, holds, output, step, submitted, succeeds, until
+from slotmamba_slurm.jobs import submitted_jobs
+from tests.slurm.jobs import (
+    TWO,
+    arguments,
+    cli,
+    completed,
+    ended_with_the_test,
+    holds,
+    output,
+    reasons,
+    step,
+    submitted,
+    succeeds,
+    until,
+)
 from tests.train.runs import assert_same_tensors, committed, fails, records, tensors
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
@@ -59,6 +73,7 @@ def test_two_nodes(cluster: SlurmCluster, tmp_path: Path, undisturbed: Path, alo
     """One test, so that one worker has the job."""
     job = requeued(cluster, tmp_path)
     assert cluster.job(job.job)["Restarts"] == "2"
+    assert reasons(tmp_path) == ["told to stop by SIGUSR2", "requeued by an operator", "finished"]
     assert_resumed(job, undisturbed)
     assert_trained_as_one_process(tmp_path, alone)
     assert_record(tmp_path, job.job)
@@ -107,15 +122,12 @@ def test_not_requeued(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.Capt
 def test_a_local_job_starts_again(alone: Path, tmp_path: Path) -> None:
     """The same path without Slurm: stopped by SIGTERM, started again by submitit, to the same weights."""
     process = cli("submit", *arguments(tmp_path, "cluster=local"))
-    try:
+    with ended_with_the_test(process, tmp_path):
         until(lambda: step(tmp_path) >= 2)
-        (pickle,) = (tmp_path / "slurm").glob("*_submitted.pkl")
-        job = pickle.name.partition("_")[0]
+        (job,) = (each.job for each in submitted_jobs(tmp_path))
         os.kill(int(job), signal.SIGTERM)
-    except BaseException:
-        process.kill()
-        raise
-    assert succeeds(process).startswith(f"mqar-tiny: job {job} on this machine: 1 process\n")
+        assert succeeds(process).startswith(f"mqar-tiny: job {job} on this machine: 1 process\n")
+    assert reasons(tmp_path) == ["told to stop by SIGTERM", "finished"]
     assert "stopped by SIGTERM, training ended with exit code 0" in output(tmp_path, job)
     assert "mqar-tiny: resumes after step " in output(tmp_path, job)
     assert_same_tensors(tensors(tmp_path, 24), tensors(alone, 24))
@@ -125,6 +137,7 @@ def test_a_local_job_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[st
     missing = "data.sources=[{name: text, shards: nowhere}]"
     said = fails(capsys, ["submit", *arguments(tmp_path, missing), "cluster=local"], code=1)
     assert said == "data.sources.0.shards: nowhere does not exist: build it with `slotmamba data build`"
+    assert reasons(tmp_path) == ["training failed (exit code 2)"]
 
 
 def test_in_this_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
