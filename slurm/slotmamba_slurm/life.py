@@ -91,8 +91,7 @@ class Life(ABC):
                 f"(slurm.max_retries={limit})"
             )
         if not self.job.requeue:
-            self.hand_on()
-            raise TrainingFailed(f"{said}: not queued again (slurm.requeue=false)")
+            raise TrainingFailed(f"{said}: {self.hand_on()}")
         print(f"{said}: retry {failures} of {limit}", flush=True)
         return self.queue_again()
 
@@ -145,9 +144,9 @@ class Life(ABC):
     def queue_again(self) -> int:
         """Has the job start again, not on bad nodes; returns the exit code."""
 
-    @abstractmethod
-    def hand_on(self) -> None:
-        """Says which job goes on, where this one may not start again."""
+    def hand_on(self) -> str:
+        """Says what becomes of a run whose job may not start again."""
+        return f"job {self.place.job_id} is not queued again; submit it again to resume"
 
     @abstractmethod
     def end_chain(self) -> None:

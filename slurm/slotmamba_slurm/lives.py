@@ -51,7 +51,7 @@ class SlurmLife(Life):
             print(f"job {start.job} has ended: {', '.join([reason, *down])}", flush=True)
 
     def stopped(self, code: int, stop: Stop) -> int:
-        number, fields = self.place.job_id, self.slurm.fields()
+        fields = self.slurm.fields()
         if fields["JobState"] != "RUNNING":
             self.history.ended("stopped", code, None, stop.signal)
             self._ended_by_slurm(queued_again=int(fields["Restarts"]) > self.restart)
@@ -59,8 +59,7 @@ class SlurmLife(Life):
         self.history.ended("stopped", code, why_told_to_stop(fields, stop, self.job.signal_lead), stop.signal)
         if self.job.requeue and fields["Requeue"] == "1":  # `scontrol update job=... requeue=0` has the last word
             return self.queue_again()
-        print(f"job {number} is not queued again (slurm.requeue=false); submit it again to resume", flush=True)
-        self.hand_on()
+        print(self.hand_on(), flush=True)
         return STOPPED
 
     def _ended_by_slurm(self, queued_again: bool) -> None:
@@ -89,11 +88,13 @@ class SlurmLife(Life):
         for job in jobs:
             job.exclude(bad)
 
-    def hand_on(self) -> None:
+    def hand_on(self) -> str:
+        """The next job of the chain goes on, where there is one."""
         rest = rest_of_chain(self.job.run_dir, self.place.job_id)
-        if rest:
-            print(f"job {rest[0]} of the chain goes on", flush=True)
-            self._exclude_bad_nodes(*map(SlurmJob, rest))
+        if not rest:
+            return super().hand_on()
+        self._exclude_bad_nodes(*map(SlurmJob, rest))
+        return f"job {rest[0]} of the chain goes on"
 
     def end_chain(self) -> None:
         rest = rest_of_chain(self.job.run_dir, self.place.job_id)
@@ -123,9 +124,6 @@ class LocalLife(Life):
 
     def queue_again(self) -> int:
         return LOCAL_REQUEUE_RETURN_CODE
-
-    def hand_on(self) -> None:
-        """There are no chains here."""
 
     def end_chain(self) -> None:
         """There are no chains here."""

@@ -98,7 +98,7 @@ def test_a_chain(cluster: SlurmCluster, tmp_path: Path, undisturbed: Path) -> No
     until(lambda: step(tmp_path) >= 2)
     cluster.run("scancel", "--signal=USR2", first)
     completed(cluster, tmp_path, first)
-    assert f"job {jobs[1]} of the chain goes on\n" in output(tmp_path, first)
+    assert output(tmp_path, first).splitlines()[-1] == f"job {jobs[1]} of the chain goes on"
     completed(cluster, tmp_path, jobs[1])
     assert cluster.wait_for_job(jobs[2])["JobState"] == "CANCELLED"
     assert f"the rest of the chain is cancelled: {jobs[2]}\n" in output(tmp_path, jobs[1])
