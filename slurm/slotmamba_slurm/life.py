@@ -15,7 +15,8 @@ from slotmamba_slurm.places import Place
 
 BAD_INPUT = 2  # the exit code of training that refuses its recipe or data, as it will the next time
 BAD_TWICE = 2  # a node that a job has failed on this often is excluded
-STOPPED = 0
+STOPPED = 0  # the exit code of a task that was stopped
+INTERRUPTED = "SIGINT"  # by somebody who wants the run to end
 
 
 class TrainingFailed(RuntimeError):
@@ -70,13 +71,20 @@ class Life(ABC):
             # Also when it failed: ranks that were stopped while they started fail those that were not. What fails for
             # a reason of its own fails the next time without having been stopped.
             print(f"stopped by {stop.signal}, training ended with exit code {code}", flush=True)
-            return self.stopped(code, stop)
+            return self._interrupted(code) if stop.signal == INTERRUPTED else self.stopped(code, stop)
         if code == 0:
             self.history.ended("finished", code, "finished")
             self.end_chain()
             return 0
         self.history.ended("failed", code, f"training failed ({_described(code)})", bad_nodes=self.blamed_nodes(code))
         return self._failed(code)
+
+    def _interrupted(self, code: int) -> int:
+        self.history.ended("stopped", code, f"told to stop by {INTERRUPTED}", INTERRUPTED)
+        self.end_chain()
+        if code:
+            raise TrainingFailed("interrupted")
+        return STOPPED
 
     def _failed(self, code: int) -> int:
         said, limit = f"training failed ({_described(code)})", self.job.max_retries

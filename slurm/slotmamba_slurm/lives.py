@@ -13,9 +13,10 @@ from slotmamba_slurm.job import TrainJob
 from slotmamba_slurm.jobs import rest_of_chain
 from slotmamba_slurm.life import STOPPED, Life, Stop
 from slotmamba_slurm.places import Place, SlurmPlace
-from slotmamba_slurm.slurm_job import SlurmError, SlurmJob, nodes_down_since
+from slotmamba_slurm.slurm_job import SlurmError, SlurmJob, nodes_down
 
 EARLY = 60  # seconds that Slurm may send a signal before it is asked to
+UNNOTICED = 1800  # seconds after which Slurm, by SlurmdTimeout, has noticed that a node is gone
 ACCOUNT_SECONDS = 5.0  # that accounts are waited for
 REASONS = {
     "PREEMPTED": "preempted",
@@ -72,6 +73,8 @@ class SlurmLife(Life):
         print(f"job {self.place.job_id} {what}: {own.reason}", flush=True)
         if queued_again:
             self._exclude_bad_nodes(self.slurm)
+        else:
+            print(self.hand_on(), flush=True)
 
     def queue_again(self) -> int:
         self.slurm.requeue()
@@ -144,7 +147,8 @@ def _from_accounts(start: Start) -> tuple[str | None, list[str]]:
     """Why an earlier start has ended, and which of its nodes went down. Raises SlurmError."""
     reason = start.reason or REASONS.get(SlurmJob(start.job).state_of_start(start.time) or "")
     lost = start.ended == "failed" or reason == NODE_FAILURE
-    down = nodes_down_since(start.nodes, start.time) if lost else []
+    until = None if start.ended_at is None else start.ended_at + UNNOTICED
+    down = nodes_down(start.nodes, start.time, until) if lost else []
     return (NODE_FAILURE if down else reason), down
 
 

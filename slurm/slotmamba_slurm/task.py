@@ -19,7 +19,7 @@ from types import FrameType
 from submitit.core.utils import DelayedSubmission, cloudpickle_dump, temporary_save_path
 
 from slotmamba_slurm.job import TrainJob
-from slotmamba_slurm.life import Stop, TrainingFailed
+from slotmamba_slurm.life import INTERRUPTED, Stop, TrainingFailed
 from slotmamba_slurm.lives import life_of
 from slotmamba_slurm.places import LocalPlace, Place, SlurmPlace
 
@@ -33,7 +33,7 @@ class Child:
     def __init__(self) -> None:
         self.stop: Stop | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        for number in STOPS:
+        for number in (*STOPS, signal.SIGINT):
             signal.signal(number, self._stop)
 
     def run(self, command: list[str], env: Mapping[str, str]) -> int:
@@ -46,9 +46,10 @@ class Child:
         return self._process.wait()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        # Slurm sends more than one, and to the child too, which takes the first and ignores the others.
+        # Slurm sends more than one, and to the child too, which takes the first and ignores the others. A terminal
+        # sends SIGINT to both; the child would take a second one for somebody's who does not want to wait.
         self.stop = self.stop or Stop(signal.Signals(number).name, time.time())
-        if self._process is not None and self._process.poll() is None:
+        if number in STOPS and self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
 
@@ -62,8 +63,7 @@ def main(folder: str) -> int:
         if place.global_rank == 0:
             return _lead(place, job, child)
         code = child.run(job.command(), env=os.environ | place.variables(job.cpus))
-        if child.stop is None:
-            _finish(place, code)
+        _finish(place, code, child.stop)
     except TrainingFailed as error:
         _write_result(place.paths.result_pickle, ("error", str(error)))
         print(error, flush=True)
@@ -83,14 +83,17 @@ def _lead(place: Place, job: TrainJob, child: Child) -> int:
         return elsewhere
     code = child.run(job.command(), env=os.environ | place.variables(job.cpus))
     exit_code = life.end(code, child.stop)
-    if child.stop is None and code == 0:
-        _finish(place, code)
+    if exit_code == 0 and code == 0:
+        _finish(place, code, child.stop)
     return exit_code
 
 
-def _finish(place: Place, code: int) -> None:
+def _finish(place: Place, code: int, stop: Stop | None) -> None:
+    """Tells submitit how the job has ended, unless it was stopped and is to go on."""
+    if stop is not None and stop.signal != INTERRUPTED:
+        return
     if code:
-        raise TrainingFailed(f"slotmamba train ended with exit code {code}")
+        raise TrainingFailed(f"training has ended with exit code {code}")
     _write_result(place.paths.result_pickle, ("success", code))
 
 

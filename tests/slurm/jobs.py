@@ -15,7 +15,6 @@ from pathlib import Path
 from slotmamba.metrics import read_metrics
 from slotmamba_slurm.cluster import SlurmCluster
 from slotmamba_slurm.history import read_history
-from slotmamba_slurm.jobs import submitted_jobs
 
 SMALL = ["train.device=cpu", "train.steps=24", "train.global_batch_tokens=256", "train.micro_batch=1", "optim.warmup=2"]
 SMALL += ["train.log_every=1", "train.eval_every=100", "train.eval_rows=2", "train.checkpoint.every=100"]
@@ -33,6 +32,7 @@ def cli(*arguments: str, **variables: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # which the processes of a local job are in too
     )
 
 
@@ -47,15 +47,13 @@ def succeeds(process: subprocess.Popen[str], seconds: float = 90) -> str:
 
 
 @contextmanager
-def ended_with_the_test(process: subprocess.Popen[str], run_dir: Path) -> Iterator[None]:
-    """Where the test fails, ends all processes of a job on this machine: `process`, which waits for it, first."""
+def ended_with_the_test(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Where the test fails, ends all processes of a job on this machine."""
     try:
         yield
     except BaseException:
-        controllers = [int(job.job) for job in submitted_jobs(run_dir)]
-        for pid in (process.pid, *controllers, *trainers(run_dir).values()):  # tasks end with what they have started
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         raise
 
 

@@ -46,7 +46,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_progress_renews_the_budget(tmp_path: Path, alone: Path) -> None:
     """Killed twice, each time after a checkpoint more, with one retry: it goes on to the same weights."""
     process = cli("submit", *arguments(tmp_path, "cluster=local", "slurm.max_retries=1", "train.checkpoint.every=4"))
-    with ended_with_the_test(process, tmp_path):
+    with ended_with_the_test(process):
         for number in (1, 2):
             kill_after_a_checkpoint(tmp_path, number)
         succeeds(process)

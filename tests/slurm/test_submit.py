@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from slotmamba.cli import main
 from slotmamba.environment import git_state
 from slotmamba_slurm.cluster import SlurmCluster
 from slotmamba_slurm.jobs import submitted_jobs
+from tests.slurm.events import trains
 from tests.slurm.jobs import (
     TWO,
     arguments,
@@ -109,22 +111,25 @@ def assert_record(run_dir: Path, job: str) -> None:
     assert holds(run_dir, SECRET) == []
 
 
-def test_not_requeued(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whether it is the recipe that forbids it, as in test_retries, or someone later."""
-    assert main(["submit", *arguments(tmp_path, "train.steps=1000")]) == 0
-    job = capsys.readouterr().out.split()[2]
-    cluster.run("scontrol", "update", f"job={job}", "requeue=0")
-    until(lambda: step(tmp_path) >= 1)
-    cluster.run("scancel", "--signal=USR2", job)
-    completed(cluster, tmp_path, job)
-    assert f"job {job} is not queued again; submit it again to resume\n" in output(tmp_path, job)
-    assert len(committed(tmp_path)) == 1
+def test_not_requeued(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Whether the recipe forbids it, as in test_retries, or someone does later, or wants the job to end."""
+    forbidden, ended = tmp_path / "forbidden", tmp_path / "ended"
+    jobs = {run_dir: submitted(cluster, run_dir, "train.steps=1000") for run_dir in (forbidden, ended)}
+    cluster.run("scontrol", "update", f"job={jobs[forbidden]}", "requeue=0")
+    for run_dir, sent in ((forbidden, "USR2"), (ended, "INT")):
+        until(partial(trains, run_dir, 0, steps=1))
+        cluster.run("scancel", f"--signal={sent}", jobs[run_dir])
+        completed(cluster, run_dir, jobs[run_dir])
+        assert reasons(run_dir) == [f"told to stop by SIG{sent}"]
+        assert len(committed(run_dir)) == 1
+    told = f"job {jobs[forbidden]} is not queued again; submit it again to resume\n"
+    assert told in output(forbidden, jobs[forbidden])
 
 
 def test_a_local_job_starts_again(alone: Path, tmp_path: Path) -> None:
     """The same path without Slurm: stopped by SIGTERM, started again by submitit, to the same weights."""
     process = cli("submit", *arguments(tmp_path, "cluster=local"))
-    with ended_with_the_test(process, tmp_path):
+    with ended_with_the_test(process):
         until(lambda: step(tmp_path) >= 2)
         (job,) = (each.job for each in submitted_jobs(tmp_path))
         os.kill(int(job), signal.SIGTERM)
@@ -133,6 +138,17 @@ def test_a_local_job_starts_again(alone: Path, tmp_path: Path) -> None:
     assert "stopped by SIGTERM, training ended with exit code 0" in output(tmp_path, job)
     assert "mqar-tiny: resumes after step " in output(tmp_path, job)
     assert_same_tensors(tensors(tmp_path, 24), tensors(alone, 24))
+
+
+def test_a_local_job_is_interrupted(tmp_path: Path) -> None:
+    """As Ctrl-C does it: saved, not started again, no failure."""
+    process = cli("submit", *arguments(tmp_path, "train.steps=1000", "cluster=local"))
+    with ended_with_the_test(process):
+        until(lambda: step(tmp_path) >= 2)
+        os.killpg(process.pid, signal.SIGINT)
+        assert "interrupted: waiting for the checkpoint\n" in succeeds(process)
+    assert reasons(tmp_path) == ["told to stop by SIGINT"]
+    assert len(committed(tmp_path)) == 1
 
 
 def test_a_local_job_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
