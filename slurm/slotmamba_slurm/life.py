@@ -47,9 +47,8 @@ class Life(ABC):
             None: training is to start. Otherwise the exit code of the task, which has had the job queued again, on
             other nodes.
         """
-        before = read_history(self.job.run_dir)
-        if before:
-            self.explain(before[-1])
+        for before in read_history(self.job.run_dir)[-1:]:
+            self.explain(before)
         self.history.started(self.job.submission, self.nodes, self.job.processes)
         bad = [node for node in self.nodes_to_exclude() if node in self.nodes]
         if bad and self.job.requeue:
@@ -71,13 +70,21 @@ class Life(ABC):
             # Also when it failed: ranks that were stopped while they started fail those that were not. What fails for
             # a reason of its own fails the next time without having been stopped.
             print(f"stopped by {stop.signal}, training ended with exit code {code}", flush=True)
-            return self._interrupted(code) if stop.signal == INTERRUPTED else self.stopped(code, stop)
+            exit_code = self._interrupted(code) if stop.signal == INTERRUPTED else self.stopped(code, stop)
+            self._explain_start_before()
+            return exit_code
+        self._explain_start_before()
         if code == 0:
             self.history.ended("finished", code, "finished")
             self.end_chain()
             return 0
         self.history.ended("failed", code, f"training failed ({_described(code)})", bad_nodes=self.blamed_nodes(code))
         return self._failed(code)
+
+    def _explain_start_before(self) -> None:
+        """Once more: Slurm's accounts may not have known of a lost node yet when this start began."""
+        for before in read_history(self.job.run_dir)[-2:-1]:
+            self.explain(before)
 
     def _interrupted(self, code: int) -> int:
         self.history.ended("stopped", code, f"told to stop by {INTERRUPTED}", INTERRUPTED)

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from slotmamba_slurm.cluster import SlurmCluster
-from slotmamba_slurm.history import read_history
 from tests.slurm.conftest import MISSING
-from tests.slurm.events import kill_a_node, preempt, reach_the_time_limit, requeue, trains
+from tests.slurm.events import kill_a_node, lasting_starts, preempt, reach_the_time_limit, requeue, trains
 from tests.slurm.jobs import TWO, arguments, cli, completed, submitted, succeeds, until
 from tests.train.runs import assert_same_run
 
@@ -54,4 +53,4 @@ def test_twenty_random_events(five_nodes: SlurmCluster, tmp_path: Path) -> None:
         EVENTS[reason](five_nodes, run_dir, job)
     completed(five_nodes, run_dir, job, seconds=300)
     assert_same_run(run_dir, undisturbed)
-    assert [start.reason for start in read_history(run_dir)] == [*events, "finished"]
+    assert [start.reason for start in lasting_starts(run_dir)] == [*events, "finished"]
