@@ -20,7 +20,7 @@ from types import FrameType
 from submitit.core.utils import DelayedSubmission, cloudpickle_dump, temporary_save_path
 
 from slotmamba_slurm.job import TrainJob
-from slotmamba_slurm.life import Stop, TrainingFailed
+from slotmamba_slurm.life import INTERRUPTED, Stop, TrainingFailed
 from slotmamba_slurm.lives import life_of
 from slotmamba_slurm.places import LocalPlace, Place, SlurmPlace
 from slotmamba_slurm.sweep_hook import write_sweep_results
@@ -36,7 +36,7 @@ class Child:
     def __init__(self) -> None:
         self.stop: Stop | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        for number in STOPS:
+        for number in (*STOPS, signal.SIGINT):
             signal.signal(number, self._stop)
 
     def run(self, command: list[str], env: Mapping[str, str]) -> int:
@@ -49,9 +49,10 @@ class Child:
         return self._process.wait()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        # Slurm sends more than one, and to the child too, which takes the first and ignores the others.
+        # Slurm sends more than one, and to the child too, which takes the first and ignores the others. A terminal
+        # sends SIGINT to both; the child would take a second one for somebody's who does not want to wait.
         self.stop = self.stop or Stop(signal.Signals(number).name, time.time())
-        if self._process is not None and self._process.poll() is None:
+        if number in STOPS and self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
 
@@ -70,7 +71,7 @@ def main(folder: str) -> int:
         if place.global_rank == 0:
             return _lead(place, job, child)
         code = child.run(job.command(), env=os.environ | place.variables(job.cpus))
-        if child.stop is None:
+        if not _goes_on(job, child.stop):
             _finish(place, code)
     except TrainingFailed as error:
         _write_result(place.paths.result_pickle, ("error", str(error)))
@@ -93,15 +94,21 @@ def _lead(place: Place, job: TrainJob, child: Child) -> int:
         return elsewhere
     code = child.run(job.command(), env=os.environ | place.variables(job.cpus))
     exit_code = life.end(code, child.stop)
-    if child.stop is None and code == 0:
+    if exit_code == 0 and code == 0 and not _goes_on(job, child.stop):
         _finish(place, code)
         write_sweep_results(job)
     return exit_code
 
 
+def _goes_on(job: TrainJob, stop: Stop | None) -> bool:
+    """Whether it was stopped for a time only."""
+    return stop is not None and stop.signal != INTERRUPTED and not job.stop_file.exists()
+
+
 def _finish(place: Place, code: int) -> None:
+    """Tells submitit how the job has ended."""
     if code:
-        raise TrainingFailed(f"slotmamba train ended with exit code {code}")
+        raise TrainingFailed(f"training has ended with exit code {code}")
     _write_result(place.paths.result_pickle, ("success", code))
 
 
