@@ -71,9 +71,9 @@ def test_no_progress_ends_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         settings = [*NEVER_FINITE, "cluster=local", f"slurm.max_retries={retries}"]
         said = fails(capsys, ["submit", *arguments(tmp_path, *settings)], code=1)
         assert said.startswith("step ") and "the weights were not changed" in said
-        assert output(tmp_path, submitted_jobs(tmp_path)[-1].job).splitlines()[-1] == (
-            f"training failed (exit code 1), for the {times} time without a new checkpoint: not tried again "
-            f"(slurm.max_retries={retries})"
+        assert output(tmp_path, submitted_jobs(tmp_path)[-1].job).endswith(
+            f": training failed (exit code 1), for the {times} time without a new checkpoint: not tried again "
+            f"(slurm.max_retries={retries})\n"
         )
     assert reasons(tmp_path) == ["training failed (exit code 1)"] * 3
 
@@ -98,7 +98,7 @@ def test_a_chain(cluster: SlurmCluster, tmp_path: Path, undisturbed: Path) -> No
     until(lambda: step(tmp_path) >= 2)
     cluster.run("scancel", "--signal=USR2", first)
     completed(cluster, tmp_path, first)
-    assert output(tmp_path, first).splitlines()[-1] == f"job {jobs[1]} of the chain goes on"
+    assert output(tmp_path, first).endswith(f": job {jobs[1]} of the chain goes on\n")
     completed(cluster, tmp_path, jobs[1])
     assert cluster.wait_for_job(jobs[2])["JobState"] == "CANCELLED"
     assert f"the rest of the chain is cancelled: {jobs[2]}\n" in output(tmp_path, jobs[1])
