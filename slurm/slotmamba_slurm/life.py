@@ -41,15 +41,14 @@ class Life(ABC):
         self._logged = 0
 
     def begin(self) -> int | None:
-        """Tells why the start before has ended and records this one.
+        """Records this start, and why the one before has ended.
 
         Returns:
             None: training is to start. Otherwise the exit code of the task, which has had the job queued again, on
             other nodes.
         """
-        for before in read_history(self.job.run_dir)[-1:]:
-            self.explain(before)
         self.history.started(self.job.submission, self.nodes, self.job.processes)
+        self._explain_start_before()
         bad = [node for node in self.nodes_to_exclude() if node in self.nodes]
         if bad and self.job.may_start_again:
             self.history.ended("stopped", STOPPED, f"failed twice before on {', '.join(bad)}")
@@ -83,9 +82,10 @@ class Life(ABC):
         return self._failed(code)
 
     def _explain_start_before(self) -> None:
-        """Once more: Slurm's accounts may not have known of a lost node yet when this start began."""
-        for before in read_history(self.job.run_dir)[-2:-1]:
-            self.explain(before)
+        """At the end once more: Slurm's accounts may not have known of a lost node yet when this start began."""
+        *earlier, own = read_history(self.job.run_dir)
+        if earlier:
+            self.explain(earlier[-1], until=own.time)
 
     def _stopped_for_good(self, code: int, stop: Stop) -> int:
         reason = "slotmamba runs stop" if self.job.stop_file.exists() else f"told to stop by {stop.signal}"
@@ -150,8 +150,8 @@ class Life(ABC):
         return self.place.hostnames
 
     @abstractmethod
-    def explain(self, start: Start) -> None:
-        """Records why an earlier start has ended, where that is not known yet."""
+    def explain(self, start: Start, until: float) -> None:
+        """Records why a start that has ended by `until` did so, where that is not known yet."""
 
     @abstractmethod
     def stopped(self, code: int, stop: Stop) -> int:

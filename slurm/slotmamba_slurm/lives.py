@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
-from slotmamba_slurm.history import NODE_FAILURE, Start, read_history
+from slotmamba_slurm.history import NODE_FAILURE, WITHOUT_A_WORD, Start, read_history
 from slotmamba_slurm.job import TrainJob
 from slotmamba_slurm.jobs import rest_of_chain
 from slotmamba_slurm.life import STOPPED, Life, Stop
@@ -38,12 +38,12 @@ class SlurmLife(Life):
         super().__init__(place, job, self.restart)
         self.slurm = SlurmJob(place.job_id)
 
-    def explain(self, start: Start) -> None:
+    def explain(self, start: Start, until: float) -> None:
         """A node that is lost often fails the training minutes before Slurm gives the node up."""
         if _explained(start):
             return
         try:
-            reason, down = _from_accounts(start)
+            reason, down = _from_accounts(start, until)
         except SlurmError as error:
             print(f"why job {start.job} has ended is not known: {error}", flush=True)
             return
@@ -68,7 +68,7 @@ class SlurmLife(Life):
         """Slurm has ended the start and, for a lost node, an operator or at preemption, queued the job again."""
         deadline = time.monotonic() + ACCOUNT_SECONDS
         while not _explained(own := read_history(self.job.run_dir)[-1]) and time.monotonic() < deadline:
-            self.explain(own)
+            self.explain(own, until=time.time())
             time.sleep(0.5)
         what = "is queued again by Slurm" if queued_again else "is ended by Slurm"
         print(f"job {self.place.job_id} {what}: {own.reason}", flush=True)
@@ -115,7 +115,7 @@ class LocalLife(Life):
         before = [start for start in read_history(job.run_dir) if start.job == place.job_id]
         super().__init__(place, job, restart=len(before))
 
-    def explain(self, start: Start) -> None:
+    def explain(self, start: Start, until: float) -> None:
         """Nobody has more to say."""
 
     def blamed_nodes(self, code: int) -> list[str]:
@@ -144,11 +144,13 @@ def _explained(start: Start) -> bool:
     return start.ended is not None and start.ended != "failed" and start.reason is not None
 
 
-def _from_accounts(start: Start) -> tuple[str | None, list[str]]:
+def _from_accounts(start: Start, until: float) -> tuple[str | None, list[str]]:
     """Why an earlier start has ended, and which of its nodes went down. Raises SlurmError."""
-    reason = start.reason or REASONS.get(SlurmJob(start.job).state_of_start(start.time) or "")
+    reason = None if start.reason == WITHOUT_A_WORD else start.reason
+    reason = reason or REASONS.get(SlurmJob(start.job).state_of_start(start.time) or "")
     lost = start.ended == "failed" or reason == NODE_FAILURE
-    until = None if start.ended_at is None else start.ended_at + UNNOTICED
+    if start.ended_at is not None:
+        until = min(until, start.ended_at + UNNOTICED)
     down = nodes_down(start.nodes, start.time, until) if lost else []
     return (NODE_FAILURE if down else reason), down
 

@@ -48,7 +48,7 @@ def test_time_limit(cluster: SlurmCluster, tmp_path: Path, undisturbed: Path) ->
     assert (first.ended, first.reason, first.signal) == ("stopped", "time limit", "SIGUSR2")
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_a_node_is_killed(number: int, cluster: SlurmCluster, tmp_path: Path, undisturbed: Path) -> None:
     """With rank 0, which leaves no word, and without, in which case training fails before Slurm notices the node."""
     job = submitted(cluster, tmp_path, "train.checkpoint.every=4")
