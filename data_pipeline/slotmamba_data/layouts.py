@@ -25,6 +25,10 @@ class Layout(Protocol):
         """The parts of a row, from left to right."""
         ...
 
+    def places(self, document: int) -> list[tuple[int, int, int]]:
+        """Row, first token and the one past the last of each part of a document, found by looking at all documents."""
+        ...
+
     def cut(self) -> int:
         """How many documents are in more than one row."""
         ...
@@ -61,6 +65,15 @@ class Concatenated:
                 parts.append((document, max(position - begin, 0), min(stop - begin, count)))
         return parts
 
+    def places(self, document: int) -> list[tuple[int, int, int]]:
+        number = int(np.flatnonzero(self._order == document)[0])
+        count, end = int(self._counts[number]), int(self._ends[number])
+        begin, size = end - count, self._seq_len
+        return [
+            (row, max(row * size - begin, 0), min((row + 1) * size - begin, count))
+            for row in range(begin // size, -(-end // size) if count else begin // size)
+        ]
+
     def cut(self) -> int:
         first, last = (self._ends - self._counts) // self._seq_len, (self._ends - 1) // self._seq_len
         return int(np.count_nonzero(last > first))
@@ -79,6 +92,12 @@ class Table:
     def parts(self, row: int) -> list[Part]:
         first, past = self._bounds[row : row + 2].tolist()
         return list(zip(*(column[first:past].tolist() for column in self._columns), strict=True))
+
+    def places(self, document: int) -> list[tuple[int, int, int]]:
+        documents, start, stop = self._columns
+        found = np.flatnonzero(documents == document)
+        rows = np.searchsorted(self._bounds, found, side="right") - 1
+        return list(zip(rows.tolist(), start[found].tolist(), stop[found].tolist(), strict=True))
 
     def cut(self) -> int:
         return int(np.count_nonzero(np.bincount(self._columns[0]) > 1))

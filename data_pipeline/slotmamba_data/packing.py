@@ -35,7 +35,7 @@ class Row:
         encoder_tokens: int32 [S] in the seq2seq form, S the same for all rows of a source; else None.
         encoder_valid: bool [S], False on the encoder's padding; else None.
         skipped: documents that could not be read and were left out, or parts of them were; one that is cut into several
-            rows counts in that of its first such part.
+            rows counts in the one of them that comes first.
     """
 
     tokens: np.ndarray

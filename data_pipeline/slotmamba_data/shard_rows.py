@@ -68,6 +68,11 @@ class _Shuffled:
     layout: Layout
     rows: np.ndarray  # int64 [rows]
 
+    @functools.cached_property
+    def place_of_row(self) -> np.ndarray:
+        """int64 [rows], where each row of the layout comes."""
+        return np.argsort(self.rows)
+
 
 class _Epoch:
     """The groups of one epoch in their order, counted as far as somebody asked."""
@@ -160,26 +165,31 @@ class ShardRows:
                         encoder = self.folder.read(shard, own, array="encoder")
                     packer.add(tokens, labels, part)
                 else:
-                    # The token after the part, where the document has one, is its last label.
-                    past = min(stop + 1, int(shuffled.counts[document]))
-                    tokens = self.folder.read(shard, own, start, past)
+                    tokens = self._read_text(shuffled, document, start, stop)
                     packer.add(tokens[: stop - start], tokens[1:], part)
             except CorruptShardError as error:
                 if self._reading.on_corrupt == "error":
                     raise
                 logger.warning("left out of row %d: %s", number, error)
-                packer.skipped += self._is_whole(shard, own, start)
+                packer.skipped += self._counts_here(shuffled, document, row)
         if self._seq2seq and encoder is None:
             encoder = np.full(1, PAD)  # one token: attention to none at all has no value
         return packer.row(self._index, encoder, self.encoder_length)
 
-    def _is_whole(self, shard: int, document: int, start: int) -> bool:
-        """Whether a document can be read up to `start`: one that is cut counts where its first damaged part is."""
-        try:
-            # With the token at `start`, the last label of the part before.
-            self.folder.read(shard, document, 0, start + 1 if start else 0)
-        except CorruptShardError:
-            return False
+    def _read_text(self, shuffled: _Shuffled, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens of a part of a group's document, and the one after it, its last label, where there is one."""
+        place = bisect_right(shuffled.bounds, document) - 1
+        past = min(stop + 1, int(shuffled.counts[document]))
+        return self.folder.read(shuffled.shards[place], document - shuffled.bounds[place], start, past)
+
+    def _counts_here(self, shuffled: _Shuffled, document: int, row: int) -> bool:
+        """Whether of all rows with a part of the document that cannot be read this one, by its place, comes first."""
+        for other, start, stop in shuffled.layout.places(document):
+            if shuffled.place_of_row[other] < row:
+                try:
+                    self._read_text(shuffled, document, start, stop)
+                except CorruptShardError:
+                    return False
         return True
 
     def _locate(self, number: int) -> tuple[int, int, int]:

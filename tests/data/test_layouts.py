@@ -25,6 +25,7 @@ def test_every_token_is_in_exactly_one_row(lengths: list[int], seq_len: int, kin
     layout = laid_out(kind, counts, order, seq_len)
     seen: list[list[int]] = [[] for _ in lengths]
     rows_of: list[set[int]] = [set() for _ in lengths]
+    places: list[list[tuple[int, int, int]]] = [[] for _ in lengths]
     padding = 0
     for row in range(layout.rows):
         used = 0
@@ -32,10 +33,12 @@ def test_every_token_is_in_exactly_one_row(lengths: list[int], seq_len: int, kin
             assert start < stop
             seen[document] += range(start, stop)
             rows_of[document].add(row)
+            places[document].append((row, start, stop))
             used += stop - start
         assert 0 < used <= seq_len
         padding += seq_len - used
     assert [sorted(tokens) for tokens in seen] == [list(range(length)) for length in lengths]
+    assert [sorted(layout.places(document)) for document in range(len(lengths))] == places
     assert layout.cut() == sum(len(rows) > 1 for rows in rows_of)
     assert layout.rows == laid_out(kind, counts, np.sort(order), seq_len).rows
     if kind == "concat":

@@ -124,7 +124,7 @@ def test_damaged_documents_are_left_out_and_counted(runs: Runs, tmp_path: Path) 
         assert train(runs.recipe(tmp_path / name, *settings, "data.on_corrupt=skip")) == 0
     assert_same_run(tmp_path / "again", tmp_path / "skip")
     counts = [record["skipped_documents"] for record in records(tmp_path / "skip", "train")]
-    assert 0 < counts[0] < counts[-1]
+    assert 0 < counts[0] < counts[-1] <= 4, "of the four documents, not of the rows that have a part of one"
 
 
 def test_workers_change_nothing_but_who_reads(runs: Runs, tmp_path: Path) -> None:
