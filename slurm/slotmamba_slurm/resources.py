@@ -66,7 +66,7 @@ def slurm_parameters(recipe: Recipe, code: Path) -> dict[str, Any]:
         "cpus_per_task": cpus,
         "mem": None if slurm.memory_gb is None else f"{slurm.memory_gb}G",
         "signal_delay_s": seconds(slurm.signal_lead),
-        "wckey": None,  # submitit would set one of its own, which a cluster may not know
+        "wckey": None,
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue" if slurm.requeue else "no-requeue": True},
         "setup": [*(open_door(job_folder(recipe), code) if slurm.container else []), *slurm.setup],
@@ -78,7 +78,9 @@ def slurm_parameters(recipe: Recipe, code: Path) -> dict[str, Any]:
             *container_options(slurm, recipe.run_path),
         ],
     }
-    return {name: value for name, value in parameters.items() if value is not None or name == "wckey"}
+    # Of these submitit has defaults of its own: five minutes, and a key that a cluster may not know.
+    unset = ("time", "wckey")
+    return {name: value for name, value in parameters.items() if value is not None or name in unset}
 
 
 def task_python(slurm: SlurmConfig) -> str:

@@ -17,7 +17,7 @@ from slotmamba_slurm.cluster import missing_for_a_cluster
 from slotmamba_slurm.cluster.cluster import outside_jobs
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = "train.steps=150 train.global_batch_tokens=512 train.log_every=10 train.eval_every=1000 train.eval_rows=2"
+SHORT = "train.steps=100 train.global_batch_tokens=512 train.log_every=10 train.eval_every=1000 train.eval_rows=2"
 SHELL = f"""\
 set -eo pipefail
 slotmamba() {{
@@ -49,8 +49,8 @@ def test_tutorial(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-5000:]
     assert "parallel.engine=fsdp2 parallel.replicate=2 train.micro_batch=2 (to fill 2 nodes)\n" in done.stdout
-    saved = re.search(r"SIGTERM: saved at step (\d+) of 150", done.stdout)
+    saved = re.search(r"SIGTERM: saved at step (\d+) of 100", done.stdout)
     assert saved and f"mqar-tiny: resumes after step {saved[1]} " in done.stdout, done.stdout[-5000:]
-    assert "mqar-tiny: finished 150 steps" in done.stdout
-    shown = done.stdout[done.stdout.rindex("mqar-tiny: finished 150 steps") :]
+    assert "mqar-tiny: finished 100 steps" in done.stdout
+    shown = done.stdout[done.stdout.rindex("mqar-tiny: finished 100 steps") :]
     assert "preempted" in shown, shown

@@ -197,6 +197,7 @@ def test_dry_run_with_gpus(cluster: SlurmCluster, tmp_path: Path, capsys: pytest
     assert main(["submit", *arguments(tmp_path / "run", *TWO, "slurm.gpus_per_node=2"), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "\n#SBATCH --gpus-per-node=2\n" in out and "\n#SBATCH --ntasks-per-node=2\n" in out
+    assert "#SBATCH --time" not in out  # the partition's default
     assert " GiB of each GPU; slurm.gpu, its type, would tell whether that is there\n" in out
     assert "using 2 processors on nodes node1 in partition normal" in out.splitlines()[-1]
 
