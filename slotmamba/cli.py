@@ -77,8 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     add_runs_commands(commands)
     add_data_commands(commands, _planned)
-    doctor = commands.add_parser("doctor", help="what is installed, which backends work, what is missing")
-    doctor.set_defaults(handler=_doctor)
+    _add_doctor(commands)
     return parser
 
 
@@ -103,6 +102,18 @@ def _add_submit(commands: Commands) -> None:
         "cluster=local, beside the keys of the recipe, runs the same on this machine, and cluster=debug in this "
         "process; cluster=slurm is the default."
     )
+
+
+def _add_doctor(commands: Commands) -> None:
+    parser = commands.add_parser("doctor", help="what is installed, which backends work, what is missing")
+    parser.add_argument("--slurm", action="store_true", help="what the cluster allows, tried with a short job")
+    parser.add_argument(
+        "overrides",
+        metavar="slurm.KEY=value",
+        nargs="*",
+        help="with --slurm: what the job asks for, such as slurm.partition=gpu slurm.gpus_per_node=8",
+    )
+    parser.set_defaults(handler=_doctor)
 
 
 def _recipe_key_help() -> str:
@@ -231,17 +242,25 @@ def _submit(args: argparse.Namespace) -> int:
     clusters = [text.removeprefix("cluster=") for text in args.overrides if text.startswith("cluster=")]
     args.overrides = [text for text in args.overrides if not text.startswith("cluster=")]
     cluster = clusters[-1] if clusters else "slurm"
-    recipe = _load_recipe(args)
     from slotmamba_slurm.submit import CLUSTERS, preview, submit
 
     if cluster not in CLUSTERS:
         raise UsageError(f"cluster={cluster}: expected {', '.join(CLUSTERS)}{suggestion(cluster, CLUSTERS)}")
+    from slotmamba_slurm.fill import fill_nodes
+
+    fill = None if cluster == "debug" else fill_nodes(args.recipe, args.overrides)
+    if fill is not None:
+        args.overrides += fill.overrides
+        print(fill)
+    recipe = _load_recipe(args)
     if recipe.sweep is not None:
         return _submit_sweep(_load_sweep(args), cluster, args.dry_run)
     if args.dry_run:
         from slotmamba.estimate import report
+        from slotmamba.estimate.gpus import gpu_line
 
-        print(preview(recipe, cluster, report(recipe)), end="")
+        costs = "\n\n".join(filter(None, [report(recipe), gpu_line(recipe)]))
+        print(preview(recipe, cluster, costs), end="")
         return DONE
     from slotmamba.environment import git_state
 
@@ -293,9 +312,18 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from slotmamba.doctor import run
+    from slotmamba import doctor
 
-    return run()
+    if not args.slurm:
+        if args.overrides:
+            raise UsageError(f"unknown arguments: {' '.join(args.overrides)}")
+        return doctor.run()
+    from slotmamba.config import load_recipe
+
+    recipe = load_recipe("mqar-tiny", args.overrides)  # any one: its section slurm is asked for
+    from slotmamba_slurm.doctor import diagnose
+
+    return doctor.print_findings(diagnose(recipe.slurm))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 
 from rich.console import Console
@@ -39,6 +39,16 @@ def run() -> int:
         problems.append(f"only {free / 1e9:.1f} GB of disk are free here, too little for checkpoints")
     for problem in problems:
         console.print(f"problem: {problem}", markup=False, soft_wrap=True)
+    console.print("not usable" if problems else "usable")
+    return 1 if problems else 0
+
+
+def print_findings(findings: Iterable[tuple[str, str]]) -> int:
+    """Print what was found of a cluster, as it is found: `ok`, `note` or `problem`, and a line; return as `run`."""
+    console, problems = Console(highlight=False), 0
+    for state, text in findings:
+        console.print(f"{state:8} {text}", markup=False, soft_wrap=True)
+        problems += state == "problem"
     console.print("not usable" if problems else "usable")
     return 1 if problems else 0
 

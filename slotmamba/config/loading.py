@@ -54,6 +54,24 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str | Setting] = ()) -> 
     Raises:
         RecipeError: one line for each thing that is wrong with the recipe or the overrides.
     """
+    content, layers, origin = _resolved(recipe, overrides)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise explain(error, layers, origin) from None
+
+
+def recipe_content(recipe: str | Path, overrides: Sequence[str | Setting] = ()) -> dict[Any, Any]:
+    """What `load_recipe` validates: every key of a recipe in nested dictionaries, whatever its value.
+
+    Raises:
+        RecipeError: the files or the overrides cannot be read.
+    """
+    return _resolved(recipe, overrides)[0]
+
+
+def _resolved(recipe: str | Path, overrides: Sequence[str | Setting]) -> tuple[dict[Any, Any], list[Layer], str]:
+    """The merged content, where it comes from, and the name of the recipe's own file."""
     path = _find(str(recipe), Path(), asked_by="")
     origin = _shown_path(path)
     layers = _read_chain(path)
@@ -70,10 +88,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str | Setting] = ()) -> 
         raise RecipeError(f"{origin_of(location, layers, origin)}: {dotted(location)}: {_first_line(error)}") from None
     assert isinstance(content, dict)
     content["sweep"] = checked_sweep(content["sweep"], layers, origin)
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise explain(error, layers, origin) from None
+    return content, layers, origin
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
@@ -145,6 +160,8 @@ def _read(path: Path) -> dict[Any, Any]:
             found = "a list" if isinstance(top, yaml.SequenceNode) else "a single value"
             raise RecipeError(f"{origin}: expected the keys of a recipe at the top, got {found}")
         content = OmegaConf.to_container(OmegaConf.create(text))
+    except PermissionError as error:
+        raise RecipeError(f"{origin}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{origin}{line}: not valid YAML: {one_line(error.problem)}") from None

@@ -6,15 +6,21 @@ SIGTERM, which is all that many clusters send at preemption, and starts whatever
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
-from submitit.core.core import R
+from submitit.core.core import Job, R
+from submitit.core.utils import DelayedSubmission
 from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm.slurm import SlurmExecutor
+
+from slotmamba_slurm.stop import cancel
 
 
 class _OwnTasks:
@@ -22,18 +28,36 @@ class _OwnTasks:
 
     code: Path
     folder: Path
+    python: str  # quoted for a shell
 
     @property
     def _submitit_command_str(self) -> str:
         # Before Python starts, so that the task is the submitted code too. env: without a shell there are no
         # assignments.
         path = os.pathsep.join([str(self.code), *filter(None, [os.environ.get("PYTHONPATH")])])
-        task = [sys.executable, "-u", "-m", "slotmamba_slurm.task", str(self.folder)]
-        return shlex.join(["env", f"PYTHONPATH={path}", *task])
+        task = shlex.join(["-u", "-m", "slotmamba_slurm.task", str(self.folder)])
+        return f"{shlex.join(['env', f'PYTHONPATH={path}'])} {self.python} {task}"
 
 
 class SlurmTasks(_OwnTasks, SlurmExecutor):
     """Runs `slotmamba_slurm.task` in the tasks of a Slurm job."""
+
+    _numbers: tuple[str, ...] = ()
+
+    def _internal_process_submissions(self, delayed_submissions: list[DelayedSubmission]) -> list[Job[Any]]:
+        """Cancels what sbatch has taken when files cannot be written afterwards."""
+        self._numbers = ()
+        try:
+            with redirect_stderr(io.StringIO()):  # what sbatch says is in the error too
+                return super()._internal_process_submissions(delayed_submissions)
+        except BaseException:
+            cancel(self._numbers)
+            raise
+
+    def _get_job_id_from_submission_command(self, string: str | bytes) -> str:  # type: ignore[override]
+        number = super()._get_job_id_from_submission_command(string)
+        self._numbers = (*self._numbers, number)
+        return number
 
     def script(self) -> str:
         """The batch script of a submission."""

@@ -5,7 +5,6 @@ Nothing in it says where to resume: that is the newest checkpoint of the run fol
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ class TrainJob:
     recipe: Path
     """The file of the submission: RUN_DIR/slurm/submission-NNN/recipe.yaml."""
     cpus: int
-    """Cores of each task."""
+    """Cores of each process."""
     processes: int
     """Ranks of the training, which are spread evenly over the nodes."""
     requeue: bool
@@ -28,6 +27,8 @@ class TrainJob:
     """How often in a row training that fails is tried again without a new checkpoint in between."""
     signal_lead: int
     """How many seconds before the end of its time Slurm tells it to save."""
+    torchrun: bool = False
+    """Whether, under Slurm, each node has one task, which starts the node's processes through torchrun."""
     sweep: Path | None = None
     """The folder of the sweep of which the run is a cell, if it is one."""
 
@@ -49,8 +50,10 @@ class TrainJob:
         """The name of the submission's folder."""
         return self.recipe.parent.name
 
-    def command(self) -> list[str]:
-        return [sys.executable, "-u", "-m", "slotmamba.cli", "train", str(self.recipe)]
+    @property
+    def training(self) -> list[str]:
+        """Arguments of Python."""
+        return ["-m", "slotmamba.cli", "train", str(self.recipe)]
 
     def __call__(self) -> None:
         """submitit pickles only what can be called."""

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
 from typing import Any
 
 from slotmamba.config import Recipe
 from slotmamba.config.duration import seconds
+from slotmamba.config.schema import ParallelConfig
+from slotmamba.config.slurm import SlurmConfig
 from slotmamba.errors import InputError
+from slotmamba_slurm.containers import PYTHON, container_options, open_door
+from slotmamba_slurm.submission import job_folder
 
 
-def processes_per_node(recipe: Recipe) -> int:
-    """Processes of `parallel` on each node.
+def processes_per_node(parallel: ParallelConfig, slurm: SlurmConfig) -> int:
+    """Processes on each node of a job.
 
     Raises:
         InputError: they do not spread evenly over the nodes, or are not as many as the GPUs.
     """
-    size, nodes, gpus = recipe.parallel.size, recipe.slurm.nodes, recipe.slurm.gpus_per_node
+    size, nodes, gpus = parallel.size, slurm.nodes, slurm.gpus_per_node
     have = f"parallel.replicate * parallel.shard = {size}"
     if gpus and size != nodes * gpus:
         raise InputError(
@@ -30,8 +37,12 @@ def processes_per_node(recipe: Recipe) -> int:
     return size // nodes
 
 
-def slurm_parameters(recipe: Recipe) -> dict[str, Any]:
+def slurm_parameters(recipe: Recipe, code: Path) -> dict[str, Any]:
     """The parameters of submitit's SlurmExecutor.
+
+    Args:
+        recipe: what is to run.
+        code: the folder of the packages that it runs.
 
     Raises:
         InputError: as `processes_per_node`, or the job would be told to save before it starts.
@@ -40,6 +51,9 @@ def slurm_parameters(recipe: Recipe) -> dict[str, Any]:
     minutes = None if slurm.time is None else -(-seconds(slurm.time) // 60)
     if minutes is not None and seconds(slurm.signal_lead) >= minutes * 60:
         raise InputError(f"slurm.signal_lead={slurm.signal_lead} is not less than slurm.time={slurm.time}")
+    on_each = processes_per_node(recipe.parallel, slurm)
+    tasks = on_each if slurm.launcher == "tasks" else 1
+    cpus = slurm.cpus_per_task * on_each // tasks
     parameters = {
         "job_name": recipe.name,
         "partition": slurm.partition,
@@ -47,19 +61,31 @@ def slurm_parameters(recipe: Recipe) -> dict[str, Any]:
         "account": slurm.account,
         "time": minutes,
         "nodes": slurm.nodes,
-        "ntasks_per_node": processes_per_node(recipe),
-        "gpus_per_node": slurm.gpus_per_node or None,
-        "cpus_per_task": slurm.cpus_per_task,
+        "ntasks_per_node": tasks,
+        "gpus_per_node": f"{slurm.gpu}:{slurm.gpus_per_node}" if slurm.gpu else slurm.gpus_per_node or None,
+        "cpus_per_task": cpus,
         "mem": None if slurm.memory_gb is None else f"{slurm.memory_gb}G",
         "signal_delay_s": seconds(slurm.signal_lead),
-        "wckey": None,  # submitit would set one of its own, which a cluster may not know
+        "wckey": None,
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue" if slurm.requeue else "no-requeue": True},
+        "setup": [*(open_door(job_folder(recipe), code) if slurm.container else []), *slurm.setup],
         # srun does not take over the first from the job; the second, against a site's KillOnBadExit, leaves the task
         # of rank 0 the time to have the job queued again when the others have failed.
-        "srun_args": [f"--cpus-per-task={slurm.cpus_per_task}", "--kill-on-bad-exit=0"],
+        "srun_args": [
+            f"--cpus-per-task={cpus}",
+            "--kill-on-bad-exit=0",
+            *container_options(slurm, recipe.run_path),
+        ],
     }
-    return {name: value for name, value in parameters.items() if value is not None or name == "wckey"}
+    # Of these submitit has defaults of its own: five minutes, and a key that a cluster may not know.
+    unset = ("time", "wckey")
+    return {name: value for name, value in parameters.items() if value is not None or name in unset}
+
+
+def task_python(slurm: SlurmConfig) -> str:
+    """The Python of the tasks of a Slurm job, for a shell."""
+    return shlex.quote(slurm.python or (PYTHON if slurm.container else sys.executable))
 
 
 def local_parameters(recipe: Recipe) -> dict[str, Any]:
@@ -74,7 +100,7 @@ def local_parameters(recipe: Recipe) -> dict[str, Any]:
     limit = {} if slurm.time is None else {"timeout_min": seconds(slurm.time) / 60}
     return {
         "nodes": 1,
-        "tasks_per_node": processes_per_node(recipe),
+        "tasks_per_node": processes_per_node(recipe.parallel, slurm),
         "gpus_per_node": slurm.gpus_per_node,
         "timeout_min": 60 * 24 * 365,
         "signal_delay_s": seconds(slurm.signal_lead),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import signal
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime
+
+from slotmamba_slurm.door import run_slurm
 
 SECONDS = 60  # that a command may take
 CLOCKS = 2  # seconds that those of two nodes differ at most
@@ -75,15 +75,7 @@ def nodes_down(nodes: Sequence[str], since: float, until: float | None) -> list[
 def _run(*command: str) -> str:
     """What the command prints."""
     try:
-        done = subprocess.run(
-            command,
-            env=os.environ | {"SLURM_TIME_FORMAT": "%s"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            preexec_fn=_outlive_the_step,
-        )
+        done = run_slurm(command, {"SLURM_TIME_FORMAT": "%s"}, SECONDS)
     except FileNotFoundError:
         raise SlurmError(f"there is no {command[0]} on PATH on this node") from None
     except subprocess.TimeoutExpired:
@@ -91,8 +83,3 @@ def _run(*command: str) -> str:
     if done.returncode:
         raise SlurmError(f"{' '.join(command)}: {' '.join(done.stderr.split())}")
     return done.stdout
-
-
-def _outlive_the_step() -> None:
-    """The SIGTERM that a requeue sends to every process of the step would end the scontrol that asked for it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -6,13 +6,17 @@ A job that is queued again so runs what was submitted, whatever has been edited 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from slotmamba.config import Recipe, save_recipe
+from slotmamba.errors import InputError, SlotMambaError
 
 PACKAGES = ("slotmamba", "slotmamba_kernels", "slotmamba_data", "slotmamba_slurm")
 BESIDE = ("recipes", "constraints.txt")  # beside the package in a checkout, inside it when installed
@@ -62,6 +66,39 @@ def write_recipe(recipe: Recipe) -> Submission:
     return submission
 
 
+@contextmanager
+def all_or_nothing(recipe: Recipe) -> Iterator[None]:
+    """Takes away what a submission inside has written for its job, when it fails.
+
+    Raises:
+        InputError: the job folder may not be written.
+        SlotMambaError: it cannot be, as on a full disk.
+    """
+    jobs = job_folder(recipe)
+    new = [folder for folder in (jobs, *jobs.parents) if not os.path.exists(folder)]
+    before = _written(jobs)
+    try:
+        yield
+    except BaseException as error:
+        for path in _written(jobs) - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for folder in new:
+            with suppress(OSError):  # it was not made, or others have put something there
+                folder.rmdir()
+        if isinstance(error, OSError):
+            refused = InputError if isinstance(error, PermissionError) else SlotMambaError
+            raise refused(f"{jobs}: {error.strerror}: nothing is submitted") from None
+        raise
+
+
+def _written(jobs: Path) -> set[Path]:
+    """What a submission writes itself; its job writes too, under other names."""
+    if not os.path.isdir(jobs):  # also where it may not be looked at, of which pathlib makes an error
+        return set()
+    patterns = ("submission-*", ".submission_file_*", "*_submission.sh", "*.pkl")
+    return {path for pattern in patterns for path in jobs.glob(pattern)}
+
+
 def _new_folder(jobs: Path) -> Path:
     number = len(list(jobs.glob("submission-*"))) + 1
     while True:
@@ -77,12 +114,22 @@ def _copy_package(package: str, target: Path) -> None:
     spec = find_spec(package)
     assert spec and spec.origin
     source = Path(spec.origin).parent
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    _copy_folder(source, target)
     if package != "slotmamba":
         return
     for name in BESIDE:
         beside = source.parent / name
         if beside.is_dir() and not (target / name).exists():
-            shutil.copytree(beside, target / name)
+            _copy_folder(beside, target / name)
         elif beside.is_file() and not (target / name).exists():
             shutil.copy2(beside, target / name)
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """As shutil.copytree, which goes on after a failure and then raises a list of all of them."""
+    target.mkdir(parents=True)
+    for entry in source.iterdir():
+        if entry.is_dir() and entry.name != "__pycache__":
+            _copy_folder(entry, target / entry.name)
+        elif entry.is_file():
+            shutil.copy2(entry, target / entry.name)

@@ -21,9 +21,9 @@ from slotmamba.errors import InputError, one_line
 from slotmamba_slurm.executors import LocalTasks, SlurmTasks
 from slotmamba_slurm.job import TrainJob
 from slotmamba_slurm.jobs import note_job
-from slotmamba_slurm.resources import local_parameters, processes_per_node, slurm_parameters
+from slotmamba_slurm.resources import local_parameters, processes_per_node, slurm_parameters, task_python
 from slotmamba_slurm.slurm_job import SlurmError, SlurmJob
-from slotmamba_slurm.submission import Submission, job_folder, write_submission
+from slotmamba_slurm.submission import Submission, all_or_nothing, job_folder, write_submission
 
 CLUSTERS = ("slurm", "local", "debug")
 Train = Callable[[Path], int]
@@ -82,24 +82,29 @@ def checked(script: str) -> str:
         file.write(script)
         file.flush()
         done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, timeout=120)
-    answer = one_line(done.stderr.replace("sbatch: ", "").replace("error: ", ""))
     if done.returncode:
-        raise InputError(f"the cluster refuses the job: {answer.removeprefix('allocation failure: ')}")
-    return answer
+        raise InputError(f"the cluster refuses the job: {_in_words(done.stderr)}")
+    return _in_words(done.stderr)
+
+
+def _in_words(said: str) -> str:
+    """What sbatch says, in one line."""
+    return one_line(said.replace("sbatch: ", "").replace("error: ", "")).removeprefix("allocation failure: ")
 
 
 def slurm_executor(recipe: Recipe, submission: Submission) -> SlurmTasks:
     if shutil.which("srun") is None:
         raise InputError("there is no srun on PATH: submit from a node of the cluster, or set cluster=local")
-    executor = SlurmTasks(job_folder(recipe))
+    executor = SlurmTasks(job_folder(recipe), python=task_python(recipe.slurm))
     executor.code = submission.code
-    executor.update_parameters(**slurm_parameters(recipe), setup=list(recipe.slurm.setup))
+    executor.update_parameters(**slurm_parameters(recipe, submission.code))
     return executor
 
 
 def _submit_to_slurm(recipe: Recipe, git: dict[str, Any] | None) -> int:
     checked(slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN")).script())
-    first, *others = _submit_chain(recipe, write_submission(recipe, git))
+    with all_or_nothing(recipe):
+        first, *others = _submit_chain(recipe, write_submission(recipe, git))
     nodes, size = recipe.slurm.nodes, recipe.parallel.size
     print(f"{recipe.name}: job {first.job_id} on {count_of(nodes, 'node')}: {count_of(size, 'process', 'es')}")
     if others:
@@ -126,21 +131,24 @@ def _submit_chain(recipe: Recipe, submission: Submission) -> list[Job[None]]:
             note_job(submission.run_dir, job.job_id, "slurm", submission.folder.name)
         if len(jobs) > 1:
             SlurmJob(jobs[0].job_id).release()
-    except (FailedJobError, SlurmError) as error:
+    except (FailedJobError, SlurmError, OSError) as error:
         for job in jobs:
             job.cancel()
-        raise InputError(f"sbatch has failed: {one_line(error)}") from None
+        if isinstance(error, OSError):
+            raise
+        raise InputError(f"sbatch has failed: {_in_words(str(error))}") from None
     return jobs
 
 
 def _run_local(recipe: Recipe, git: dict[str, Any] | None) -> int:
     parameters = local_parameters(recipe)
-    submission = write_submission(recipe, git)
-    executor = LocalTasks(job_folder(recipe))
-    executor.code = submission.code
-    executor.update_parameters(**parameters)
-    with sigint_ignored():
-        job = executor.submit(train_job(recipe, submission))
+    with all_or_nothing(recipe):
+        submission = write_submission(recipe, git)
+        executor = LocalTasks(job_folder(recipe))
+        executor.code = submission.code
+        executor.update_parameters(**parameters)
+        with sigint_ignored():
+            job = executor.submit(train_job(recipe, submission))
     note_job(submission.run_dir, job.job_id, "local", submission.folder.name)
     processes = count_of(recipe.parallel.size, "process", "es")
     print(f"{recipe.name}: job {job.job_id} on this machine: {processes}", flush=True)
@@ -168,7 +176,7 @@ def _run_debug(recipe: Recipe, train: Train, git: dict[str, Any] | None) -> int:
 
 
 def _check_debug(recipe: Recipe) -> None:
-    processes_per_node(recipe)
+    processes_per_node(recipe.parallel, recipe.slurm)
     if recipe.parallel.size > 1:
         raise InputError(f"cluster=debug is one process, the recipe asks for {recipe.parallel.size}: set cluster=local")
 
@@ -183,6 +191,7 @@ def train_job(recipe: Recipe, submission: Submission, sweep: Path | None = None)
         requeue=slurm.requeue,
         max_retries=slurm.max_retries,
         signal_lead=seconds(slurm.signal_lead),
+        torchrun=slurm.launcher == "torchrun",
         sweep=sweep,
     )
 

@@ -18,6 +18,11 @@ from slotmamba_slurm.history import read_history
 
 SMALL = ["train.device=cpu", "train.steps=24", "train.global_batch_tokens=256", "train.micro_batch=1", "optim.warmup=2"]
 SMALL += ["train.log_every=1", "train.eval_every=100", "train.eval_rows=2", "train.checkpoint.every=100"]
+# What a user may have in the environment and nobody else may know.
+SECRETS = {
+    name: f"hunter2-of-{name.lower()}"
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "DATABASE_PASSWORD")
+}
 TWO = ["parallel.engine=fsdp2", "parallel.shard=2"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from slotmamba_slurm.cluster import SlurmCluster
 from slotmamba_slurm.jobs import submitted_jobs
 from tests.slurm.events import trains
 from tests.slurm.jobs import (
+    SECRETS,
     TWO,
     arguments,
     cli,
@@ -33,8 +35,6 @@ from tests.slurm.jobs import (
 from tests.train.runs import assert_same_tensors, committed, fails, records, tensors
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
-
-SECRET = "hunter2-in-the-environment"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ class Requeued:
 def requeued(cluster: SlurmCluster, run_dir: Path) -> Requeued:
     """A job on two nodes, stopped by SIGUSR2, as before the time limit, and by SIGTERM, as by an operator's requeue or
     a preemption."""
-    job = submitted(cluster, run_dir, WANDB_API_KEY=SECRET)
+    job = submitted(cluster, run_dir, **SECRETS)
     until(lambda: step(run_dir) >= 2)
     cluster.run("scancel", "--signal=USR2", job)
     until(lambda: f"job {job} is queued again\n" in output(run_dir, job))
@@ -108,7 +108,16 @@ def assert_record(run_dir: Path, job: str) -> None:
     assert (submission / "code" / "slotmamba" / "recipes" / "mqar-tiny.yaml").is_file()
     assert f"env PYTHONPATH={submission / 'code'}" in (run_dir / "slurm" / f"{job}_submission.sh").read_text()
     assert json.loads((run_dir / "environment.json").read_text())["git"] == git_state()
-    assert holds(run_dir, SECRET) == []
+    assert holds(run_dir, "hunter2") == []
+
+
+def test_two_nodes_under_zero_2(cluster: SlurmCluster, tmp_path: Path, alone: Path) -> None:
+    zero = ["slurm.nodes=2", "parallel.engine=deepspeed", "parallel.zero_stage=2"]
+    out = succeeds(cli("submit", *arguments(tmp_path, *zero)))
+    found = re.search(r"^mqar-tiny: job (\d+) on 2 nodes: 2 processes$", out, re.MULTILINE)
+    assert found, out
+    completed(cluster, tmp_path, found[1])
+    assert_trained_as_one_process(tmp_path, alone)
 
 
 def test_not_requeued(cluster: SlurmCluster, tmp_path: Path) -> None:
@@ -151,11 +160,16 @@ def test_a_local_job_is_interrupted(tmp_path: Path) -> None:
     assert len(committed(tmp_path)) == 1
 
 
-def test_a_local_job_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_local_job_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
     missing = "data.sources=[{name: text, shards: nowhere}]"
     said = fails(capsys, ["submit", *arguments(tmp_path, missing), "cluster=local"], code=1)
     assert said == "data.sources.0.shards: nowhere does not exist: build it with `slotmamba data build`"
     assert reasons(tmp_path) == ["training failed (exit code 2)"]
+    assert holds(tmp_path, "nowhere") != [] and holds(tmp_path, "hunter2") == []
 
 
 def test_in_this_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,6 +197,8 @@ def test_dry_run_with_gpus(cluster: SlurmCluster, tmp_path: Path, capsys: pytest
     assert main(["submit", *arguments(tmp_path / "run", *TWO, "slurm.gpus_per_node=2"), "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "\n#SBATCH --gpus-per-node=2\n" in out and "\n#SBATCH --ntasks-per-node=2\n" in out
+    assert "#SBATCH --time" not in out  # the partition's default
+    assert " GiB of each GPU; slurm.gpu, its type, would tell whether that is there\n" in out
     assert "using 2 processors on nodes node1 in partition normal" in out.splitlines()[-1]
 
 
@@ -192,7 +208,10 @@ def test_dry_run_with_gpus(cluster: SlurmCluster, tmp_path: Path, capsys: pytest
         (["slurm.partition=big"], "the cluster refuses the job: invalid partition specified: big"),
         (["slurm.nodes=4", "parallel.shard=4", "train.global_batch_tokens=512"], "the cluster refuses the job: "),
         (["slurm.nodes=3"], "slurm.nodes=3: parallel.replicate * parallel.shard = 2 processes do not spread evenly"),
-        (["slurm.gpus_per_node=2", "slurm.nodes=2"], "slurm.nodes * slurm.gpus_per_node = 2 * 2 = 4 GPUs, but "),
+        (
+            ["slurm.gpus_per_node=2", "slurm.nodes=2", "parallel.replicate=1"],
+            "slurm.nodes * slurm.gpus_per_node = 2 * 2 = 4 GPUs, but ",
+        ),
         (["slurm.time=1m"], "slurm.signal_lead=2m is not less than slurm.time=1m"),
         (["cluster=locl"], "cluster=locl: expected slurm, local, debug; did you mean local?"),
         (["cluster=local", "slurm.nodes=2"], "slurm.nodes=2: cluster=local is this machine alone: set slurm.nodes=1"),

@@ -162,6 +162,12 @@ class SlurmCluster:
         ask = ["sinfo", "-h", "-N", "-p", "normal", "-n", name, "-o", "%T"]
         self._wait(f"{name} to be {state}", lambda: self.run(*ask).stdout.strip().rstrip("*") == state, seconds)
 
+    def process(self, name: str) -> int:
+        """The first process in the namespaces of a node."""
+        unshare = self._daemons[name].pid
+        (child,) = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()
+        return int(child)
+
     def _start_munged(self) -> None:
         run, socket = self.folder / "run", self.folder / "run" / "munge.sock"
         files = [f"--key-file={self.folder}/etc/munge.key", f"--socket={socket}", f"--pid-file={run}/munged.pid"]
