@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 from collections.abc import Sequence
@@ -57,17 +58,17 @@ class SlurmJob:
         return None
 
 
-def nodes_down(nodes: Sequence[str], since: float, until: float) -> list[str]:
-    """Those of `nodes` that went down in that time, by Slurm's accounts, whatever they are now.
+def nodes_down(nodes: Sequence[str], since: float, until: float | None) -> list[str]:
+    """Those of `nodes` that went down in that time (None: until now), by Slurm's accounts, whatever they are now.
 
     Raises SlurmError.
     """
-    earliest = int(since) - CLOCKS
+    earliest, latest = int(since) - CLOCKS, math.inf if until is None else until
     first = datetime.fromtimestamp(earliest - 1).strftime("%Y-%m-%dT%H:%M:%S")
     which = ["event", f"nodes={','.join(nodes)}", f"start={first}"]
     table = _run("sacctmgr", "-n", "-P", "show", *which, "format=NodeName,Start,State")
     events = [line.split("|") for line in table.splitlines()]
-    down = {node for node, at, state in events if state.startswith("DOWN") and earliest <= int(at) <= until}
+    down = {node for node, at, state in events if state.startswith("DOWN") and earliest <= int(at) <= latest}
     return [node for node in nodes if node in down]
 
 

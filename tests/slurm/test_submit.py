@@ -168,8 +168,8 @@ def test_a_local_job_that_fails(
     missing = "data.sources=[{name: text, shards: nowhere}]"
     said = fails(capsys, ["submit", *arguments(tmp_path, missing), "cluster=local"], code=1)
     assert said == "data.sources.0.shards: nowhere does not exist: build it with `slotmamba data build`"
-    assert holds(tmp_path, "nowhere") != [] and holds(tmp_path, "hunter2") == []
     assert reasons(tmp_path) == ["training failed (exit code 2)"]
+    assert holds(tmp_path, "nowhere") != [] and holds(tmp_path, "hunter2") == []
 
 
 def test_in_this_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
