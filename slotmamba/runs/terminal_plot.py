@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 WIDTH, HEIGHT = 64, 8  # characters
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # by row, then column, as Unicode numbers them
@@ -23,7 +23,7 @@ def plot(title: str, points: Sequence[Point], braille: bool) -> str:
     if not finite:
         return f"{title}\n  no finite values"
     low, high = min(y for _, y in finite), max(y for _, y in finite)
-    cells = _cells(finite, low, high)
+    cells = _cells(points, low, high)
     rows = ["".join(_character(cell, braille) for cell in row).rstrip() for row in cells]
     labels = [_value(high), *[""] * (HEIGHT - 2), _value(low)]
     width = max(map(len, labels))
@@ -37,12 +37,24 @@ def plot(title: str, points: Sequence[Point], braille: bool) -> str:
 def _cells(points: Sequence[Point], low: float, high: float) -> list[list[int]]:
     """The dots of each character, as bits."""
     cells = [[0] * WIDTH for _ in range(HEIGHT)]
-    left, right = points[0][0], points[-1][0]
+    finite = [x for x, y in points if math.isfinite(y)]
+    before: tuple[int, int] | None = None
     for x, y in points:
-        column = _place(x, left, right, 2 * WIDTH)
-        row = 4 * HEIGHT - 1 - _place(y, low, high, 4 * HEIGHT)
-        cells[row // 4][column // 2] |= _DOTS[row % 4][column % 2]
+        if not math.isfinite(y):
+            before = None
+            continue
+        dot = _place(x, finite[0], finite[-1], 2 * WIDTH), 4 * HEIGHT - 1 - _place(y, low, high, 4 * HEIGHT)
+        for column, row in _line(before or dot, dot):
+            cells[row // 4][column // 2] |= _DOTS[row % 4][column % 2]
+        before = dot
     return cells
+
+
+def _line(start: tuple[int, int], end: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Column and row of a dot in each column after `start` up to `end`, and of `end`."""
+    for column in range(start[0] + 1, end[0]):
+        yield column, round(start[1] + (end[1] - start[1]) * (column - start[0]) / (end[0] - start[0]))
+    yield end
 
 
 def _place(value: float, low: float, high: float, count: int) -> int:

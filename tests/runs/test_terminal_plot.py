@@ -21,9 +21,16 @@ def test_a_falling_line() -> None:
 
 
 def test_dots_of_a_character() -> None:
-    corners = body(plot("x", [(0, 0.0), (1, 1.0)], braille=True))
+    corners = body(plot("x", [(0, 0.0), (0.5, math.nan), (1, 1.0)], braille=True))
     assert corners[-1][0] == "\u2840"  # the lowest dot of the left column
     assert corners[0][-1] == "\u2808"  # the highest of the right one
+
+
+def test_points_are_joined() -> None:
+    rows = body(plot("x", [(0, 0.0), (1, 1.0)], braille=False))
+    columns = [[row.ljust(WIDTH)[column] for row in rows] for column in range(WIDTH)]
+    assert all("*" in column for column in columns)
+    assert [row.index("*") for row in rows] == sorted((row.index("*") for row in rows), reverse=True)
 
 
 def test_values_that_are_not_finite() -> None:
