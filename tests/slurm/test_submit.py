@@ -32,7 +32,7 @@ from tests.slurm.jobs import (
 )
 from tests.train.runs import assert_same_tensors, committed, fails, records, tensors
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 
 SECRET = "hunter2-in-the-environment"
 
