@@ -61,6 +61,10 @@ def filled(*overrides: str) -> str | None:
         # On CPUs any number of processes that the nodes share.
         (["slurm.nodes=2", "parallel.engine=fsdp2", "parallel.shard=4"], "train.micro_batch=4 (to fill 2 nodes)"),
         (["slurm.nodes=2", "parallel.engine=fsdp2", "parallel.shard=4", "train.micro_batch=2"], None),
+        (
+            ["slurm.nodes=2", "sweep={optim.lr: [1.0e-3, 2.0e-3]}"],
+            "parallel.engine=fsdp2 parallel.replicate=2 train.micro_batch=8 (to fill 2 nodes)",
+        ),
         ([], None),
     ],
 )
