@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slotmamba.runs.folder import RunFolder
@@ -11,7 +11,7 @@ from slotmamba.runs.starts import FAILED, End, Start
 from slotmamba.runs.status import Job
 from slotmamba_slurm import history
 from slotmamba_slurm.queue import Queue, QueuedJob, ask_sacct, ask_squeue
-from slotmamba_slurm.run_jobs import run_jobs
+from slotmamba_slurm.run_jobs import RunJobs, run_jobs
 
 
 def open_run(path: Path, last_bytes: int | None = None) -> RunFolder:
@@ -47,10 +47,16 @@ def last_jobs(folders: Sequence[RunFolder]) -> LastJobs:
     local = {path: state for path, own in of_runs.items() if (state := own.local_state()) is not None}
     jobs = {path: Job(str(of_runs[path].local[-1]), state) for path, state in local.items()}
     for path, own in ids.items():
-        known = [as_job(found[each]) for each in own if each in found]
+        known = [_ended(as_job(found[each]), of_runs[path]) for each in own if each in found]
         if known:
             jobs[path] = max(known, key=lambda job: (job.runs, job.waits, own.index(job.id)))
     return LastJobs(jobs, queue.problems + accounts.problems)
+
+
+def _ended(job: Job, own: RunJobs) -> Job:
+    """Slurm says for a while that a job runs whose tasks have left their results."""
+    result = own.result(job.id) if job.runs else None
+    return job if result is None else replace(job, state=result)
 
 
 def as_job(queued: QueuedJob) -> Job:

@@ -154,10 +154,10 @@ class Stopping:
         if self._saves():
             return
         jobs_stop.tell_to_save([job.id for job in self.alive.jobs if job.runs])
-        if self.alive.process:  # a controller's tasks are not told: they would take it for a preemption
-            _send(self.alive.process, signal.SIGTERM)
-        else:
+        if self.alive.controllers:
             self._tell_controllers()
+        elif self.alive.process:
+            _send(self.alive.process, signal.SIGTERM)
 
     def _saves(self) -> bool:
         """Whether it does, or has."""

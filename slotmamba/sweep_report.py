@@ -1,5 +1,5 @@
 """The results of a sweep as text, the best cell first: ``python -m slotmamba.sweep_report RUN_DIR`` writes results.txt,
-results.csv and plots. Every cell does so when it has ended, and adds its job and the state that Slurm will give it."""
+results.csv and plots, as every cell does when it has ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 
 from slotmamba.files import write_text
-from slotmamba.runs.status import Job
 from slotmamba.runs.words import number
 from slotmamba.sweep_plots import plot_sweep
 from slotmamba.sweep_results import IN_TROUBLE, MEANING, CellResult, SweepResults, setting_text, sweep_results
@@ -26,8 +25,10 @@ def sweep_report(results: SweepResults) -> str:
     states = Counter(cell.status.state for cell in results.ranked)
     head = f"{results.name}: {', '.join(f'{count} {state}' for state, count in states.items())}"
     notes = [f"{problem}: what is said of jobs is from the run folders alone" for problem in results.problems]
-    parts = ["\n".join([head, *notes, f"best first by {MEANING[results.measure]}"]), _table(results)]
-    parts += [_dots(results)] if sum(cell.last(results.measure) is not None for cell in results.cells) > 1 else []
+    measured = [cell for cell in results.cells if cell.last(results.measure) is not None]
+    order = [f"best first by {MEANING[results.measure]}"] if measured else []
+    parts = ["\n".join([head, *notes, *order]), _table(results)]
+    parts += [_dots(results)] if len(measured) > 1 else []
     parts += [_failure(cell) for cell in results.ranked if cell.status.state in IN_TROUBLE]
     return "\n\n".join(parts) + "\n"
 
@@ -36,7 +37,7 @@ def _table(results: SweepResults) -> str:
     measures = [each for each in MEANING if any(cell.curves[each] for cell in results.cells)]
     rows = [
         (
-            *(setting_text(cell.settings[key]) if key in cell.settings else "" for key in results.keys),
+            *(setting_text(cell.settings[key]) if key in cell.settings else "-" for key in results.keys),
             *(_number(cell, each) for each in measures),
             f"{cell.status.step}/{number(cell.status.total, 'd')}",
             cell.status.state,
@@ -84,10 +85,8 @@ def _csv(results: SweepResults) -> str:
     return text.getvalue()
 
 
-def write_results(folder: Path, ended: Job | None = None) -> str:
+def write_results(folder: Path) -> str:
     """Writes results.txt, results.csv and plots into the folder of a sweep; returns the first, and where all are.
-
-    `ended`: as for `sweep_results`.
 
     Raises:
         InputError, OSError: as `sweep_results`, or a file cannot be written.
@@ -95,7 +94,7 @@ def write_results(folder: Path, ended: Job | None = None) -> str:
     with (folder / ".results.lock").open("a") as lock:
         # Cells that end together: the one that writes last sees what the others left.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        results = sweep_results(folder, ended)
+        results = sweep_results(folder)
         text = sweep_report(results)
         files = {folder / "results.txt": text, folder / "results.csv": _csv(results)}
         for path, content in files.items():
@@ -105,4 +104,4 @@ def write_results(folder: Path, ended: Job | None = None) -> str:
 
 
 if __name__ == "__main__":
-    print(write_results(Path(sys.argv[1]), Job(sys.argv[2], sys.argv[3]) if sys.argv[2:] else None), end="")
+    print(write_results(Path(sys.argv[1])), end="")

@@ -17,7 +17,7 @@ from slotmamba.config.sweep_file import CellRecord, is_sweep, read_sweep
 from slotmamba.errors import InputError
 from slotmamba.runs.folder import RunFolder
 from slotmamba.runs.starts import FAILED, FINISHED
-from slotmamba.runs.status import CANCELLED, DEAD, UNDER_WAY, Job, Status, status
+from slotmamba.runs.status import CANCELLED, DEAD, UNDER_WAY, Status, status
 from slotmamba.runs_jobs import last_jobs, open_run
 
 RECALL, VALIDATION, TRAINING = "recall", "validation loss", "training loss"
@@ -92,27 +92,20 @@ class SweepResults:
         return sorted(self.cells, key=rank)
 
 
-def sweep_results(folder: Path, ended: Job | None = None) -> SweepResults:
+def sweep_results(folder: Path) -> SweepResults:
     """
-    Args:
-        folder: of the sweep.
-        ended: a job of it that has ended as Slurm will say later: the one that asks.
-
     Raises:
         InputError: sweep.json is damaged.
         OSError: it is not the folder of a sweep, or a file cannot be read.
     """
     record = read_sweep(folder)
     runs = [open_run(folder / cell.name) for cell in record.cells]
-    known = last_jobs(runs)
-    jobs = known.jobs
-    if ended is not None:
-        jobs = jobs | {path: ended for path, job in jobs.items() if job.id == ended.id}
+    jobs = last_jobs(runs)
     cells = [
-        CellResult(cell, status(cell.name, run, jobs.get(run.path)), _curves(run.metrics[0]))
+        CellResult(cell, status(cell.name, run, jobs.jobs.get(run.path)), _curves(run.metrics[0]))
         for cell, run in zip(record.cells, runs, strict=True)
     ]
-    return SweepResults(record.name, tuple(cells), known.problems)
+    return SweepResults(record.name, tuple(cells), jobs.problems)
 
 
 def not_to_submit(sweep: Sweep) -> dict[str, list[Cell]]:

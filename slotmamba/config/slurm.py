@@ -26,7 +26,7 @@ class SlurmConfig(Section):
         "2m", description="How long before the end of `time` the job is told to save: at least a step and a save."
     )
     requeue: bool = Field(
-        True, description="Queue a job again that was preempted, ran into `time` or lost a node; it resumes."
+        True, description="Queue a job again that was preempted, ran into `time`, lost a node or failed; it resumes."
     )
     max_retries: int = Field(
         2,

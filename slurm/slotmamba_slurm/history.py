@@ -38,7 +38,7 @@ class Start:
     """None: it is still running, or has not lived to say so."""
     ended: Ended | None = None
     signal: str | None = None
-    """What it was told to stop by: SIGUSR2 or SIGTERM."""
+    """What it was told to stop by: SIGUSR2, SIGTERM or SIGINT."""
     exit_code: int | None = None
     """Of training; negative: the number of the signal that killed it."""
     step: int | None = None

@@ -15,7 +15,8 @@ from slotmamba_slurm.places import Place
 
 BAD_INPUT = 2  # the exit code of training that refuses its recipe or data, as it will the next time
 BAD_TWICE = 2  # a node that a job has failed on this often is excluded
-STOPPED = 0
+STOPPED = 0  # the exit code of a task that was stopped
+INTERRUPTED = "SIGINT"  # by somebody who wants the run to end
 
 
 class TrainingFailed(RuntimeError):
@@ -40,17 +41,15 @@ class Life(ABC):
         self._logged = 0
 
     def begin(self) -> int | None:
-        """Tells why the start before has ended and records this one.
+        """Records this start, and why the one before has ended.
 
         Returns:
             None: training is to start. Otherwise the exit code of the task, which has had the job queued again, on
             other nodes.
         """
-        before = read_history(self.job.run_dir)
-        if before:
-            self.explain(before[-1])
         self.history.started(self.job.submission, self.nodes, self.job.processes)
-        bad = [node for node in self.bad_nodes() if node in self.nodes]
+        self._explain_start_before()
+        bad = [node for node in self.nodes_to_exclude() if node in self.nodes]
         if bad and self.job.may_start_again:
             self.history.ended("stopped", STOPPED, f"failed twice before on {', '.join(bad)}")
             return self.queue_again()
@@ -70,13 +69,31 @@ class Life(ABC):
             # Also when it failed: ranks that were stopped while they started fail those that were not. What fails for
             # a reason of its own fails the next time without having been stopped.
             print(f"stopped by {stop.signal}, training ended with exit code {code}", flush=True)
-            return self.stopped(code, stop)
+            for_good = stop.signal == INTERRUPTED or self.job.stop_file.exists()
+            exit_code = self._stopped_for_good(code, stop) if for_good else self.stopped(code, stop)
+            self._explain_start_before()
+            return exit_code
+        self._explain_start_before()
         if code == 0:
             self.history.ended("finished", code, "finished")
             self.end_chain()
             return 0
-        self.history.ended("failed", code, f"training failed ({_described(code)})", bad_nodes=self._named_nodes(code))
+        self.history.ended("failed", code, f"training failed ({_described(code)})", bad_nodes=self.blamed_nodes(code))
         return self._failed(code)
+
+    def _explain_start_before(self) -> None:
+        """At the end once more: Slurm's accounts may not have known of a lost node yet when this start began."""
+        *earlier, own = read_history(self.job.run_dir)
+        if earlier:
+            self.explain(earlier[-1], until=own.time)
+
+    def _stopped_for_good(self, code: int, stop: Stop) -> int:
+        reason = "slotmamba runs stop" if self.job.stop_file.exists() else f"told to stop by {stop.signal}"
+        self.history.ended("stopped", code, reason, stop.signal)
+        self.end_chain()
+        if code:
+            raise TrainingFailed("interrupted")
+        return STOPPED
 
     def _failed(self, code: int) -> int:
         said, limit = f"training failed ({_described(code)})", self.job.max_retries
@@ -91,8 +108,7 @@ class Life(ABC):
                 f"(slurm.max_retries={limit})"
             )
         if not self.job.may_start_again:
-            self.hand_on()
-            raise TrainingFailed(f"{said}: not queued again, as was asked")
+            raise TrainingFailed(f"{said}: {self.hand_on()}")
         print(f"{said}: retry {failures} of {limit}", flush=True)
         return self.queue_again()
 
@@ -102,15 +118,18 @@ class Life(ABC):
         failed = [start for start in self._starts() if start.ended == "failed" and start.reason != NODE_FAILURE]
         return sum(start.checkpoint == newest for start in failed)
 
-    def bad_nodes(self) -> list[str]:
-        """Nodes that the job was lost or has failed on twice since it was submitted."""
-        count = Counter(node for start in self._starts() for node in start.bad_nodes)
-        return [node for node, times in count.items() if times >= BAD_TWICE]
+    def nodes_to_exclude(self) -> list[str]:
+        """Nodes that the job was lost or has failed on twice since it was submitted, and has not been kept away from:
+        where that has failed, it has to do with them."""
+        starts = self._starts()
+        count = Counter(node for start in starts for node in start.bad_nodes)
+        excluded = {node for start in starts for node in start.excluded}
+        return [node for node, times in count.items() if times >= BAD_TWICE and node not in excluded]
 
     def _starts(self) -> list[Start]:
         return [start for start in read_history(self.job.run_dir) if start.submission == self.job.submission]
 
-    def _named_nodes(self, code: int) -> list[str]:
+    def blamed_nodes(self, code: int) -> list[str]:
         """The node of the rank that has caused the failure of all, where there is one.
 
         That is the rank that rank 0's log names. Rank 0 itself has left no word if it was killed.
@@ -126,17 +145,13 @@ class Life(ABC):
             named = re.findall(rb"^the job ends: rank (\d+)\b", log.read(), re.MULTILINE)
         return int(named[-1]) if named else None
 
-    def asked_by_hand(self) -> str | None:
-        """That the job was told to stop for good, in words."""
-        return "slotmamba runs stop" if self.job.stop_file.exists() else None
-
     @property
     def nodes(self) -> Sequence[str]:
         return self.place.hostnames
 
     @abstractmethod
-    def explain(self, start: Start) -> None:
-        """Records why an earlier start has ended, where that is not known yet."""
+    def explain(self, start: Start, until: float) -> None:
+        """Records why a start that has ended by `until` did so, where that is not known yet."""
 
     @abstractmethod
     def stopped(self, code: int, stop: Stop) -> int:
@@ -146,9 +161,9 @@ class Life(ABC):
     def queue_again(self) -> int:
         """Has the job start again, not on bad nodes; returns the exit code."""
 
-    @abstractmethod
-    def hand_on(self) -> None:
-        """Says which job goes on, where this one may not start again."""
+    def hand_on(self) -> str:
+        """Says what becomes of a run whose job may not start again."""
+        return f"job {self.place.job_id} is not queued again; submit it again to resume"
 
     @abstractmethod
     def end_chain(self) -> None:

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
-from slotmamba_slurm.history import NODE_FAILURE, Start, read_history
+from slotmamba_slurm.history import NODE_FAILURE, WITHOUT_A_WORD, Start, read_history
 from slotmamba_slurm.job import TrainJob
 from slotmamba_slurm.jobs import rest_of_chain
 from slotmamba_slurm.life import STOPPED, Life, Stop
 from slotmamba_slurm.places import Place, SlurmPlace
-from slotmamba_slurm.slurm_job import SlurmError, SlurmJob, nodes_down_since
+from slotmamba_slurm.slurm_job import SlurmError, SlurmJob, nodes_down
 
 EARLY = 60  # seconds that Slurm may send a signal before it is asked to
+UNNOTICED = 1800  # seconds after which Slurm, by SlurmdTimeout, has noticed that a node is gone
 ACCOUNT_SECONDS = 5.0  # that accounts are waited for
 REASONS = {
     "PREEMPTED": "preempted",
@@ -37,12 +38,12 @@ class SlurmLife(Life):
         super().__init__(place, job, self.restart)
         self.slurm = SlurmJob(place.job_id)
 
-    def explain(self, start: Start) -> None:
+    def explain(self, start: Start, until: float) -> None:
         """A node that is lost often fails the training minutes before Slurm gives the node up."""
         if _explained(start):
             return
         try:
-            reason, down = _from_accounts(start)
+            reason, down = _from_accounts(start, until)
         except SlurmError as error:
             print(f"why job {start.job} has ended is not known: {error}", flush=True)
             return
@@ -51,30 +52,30 @@ class SlurmLife(Life):
             print(f"job {start.job} has ended: {', '.join([reason, *down])}", flush=True)
 
     def stopped(self, code: int, stop: Stop) -> int:
-        number, fields = self.place.job_id, self.slurm.fields()
+        fields = self.slurm.fields()
         if fields["JobState"] != "RUNNING":
             self.history.ended("stopped", code, None, stop.signal)
             self._ended_by_slurm(queued_again=int(fields["Restarts"]) > self.restart)
             return STOPPED
-        reason = self.asked_by_hand() or why_told_to_stop(fields, stop, self.job.signal_lead)
-        self.history.ended("stopped", code, reason, stop.signal)
+        self.history.ended("stopped", code, why_told_to_stop(fields, stop, self.job.signal_lead), stop.signal)
         # `scontrol update job=... requeue=0` has the last word.
         if self.job.may_start_again and fields["Requeue"] == "1":
             return self.queue_again()
-        print(f"job {number} is not queued again, as was asked; submit it again to resume", flush=True)
-        self.hand_on()
+        print(self.hand_on(), flush=True)
         return STOPPED
 
     def _ended_by_slurm(self, queued_again: bool) -> None:
         """Slurm has ended the start and, for a lost node, an operator or at preemption, queued the job again."""
         deadline = time.monotonic() + ACCOUNT_SECONDS
         while not _explained(own := read_history(self.job.run_dir)[-1]) and time.monotonic() < deadline:
-            self.explain(own)
+            self.explain(own, until=time.time())
             time.sleep(0.5)
         what = "is queued again by Slurm" if queued_again else "is ended by Slurm"
         print(f"job {self.place.job_id} {what}: {own.reason}", flush=True)
         if queued_again:
             self._exclude_bad_nodes(self.slurm)
+        else:
+            print(self.hand_on(), flush=True)
 
     def queue_again(self) -> int:
         self.slurm.requeue()
@@ -83,19 +84,21 @@ class SlurmLife(Life):
         return STOPPED
 
     def _exclude_bad_nodes(self, *jobs: SlurmJob) -> None:
-        bad = self.bad_nodes()
+        bad = self.nodes_to_exclude()
         if not bad:
             return
-        for job in jobs:
-            job.exclude(bad)
         self.history.excluded(bad)
         print(f"the job has failed twice on {', '.join(bad)}: excluded from now on", flush=True)
+        for job in jobs:
+            job.exclude(bad)
 
-    def hand_on(self) -> None:
+    def hand_on(self) -> str:
+        """The next job of the chain goes on, where there is one."""
         rest = rest_of_chain(self.job.run_dir, self.place.job_id)
-        if rest:
-            print(f"job {rest[0]} of the chain goes on", flush=True)
-            self._exclude_bad_nodes(*map(SlurmJob, rest))
+        if not rest:
+            return super().hand_on()
+        self._exclude_bad_nodes(*map(SlurmJob, rest))
+        return f"job {rest[0]} of the chain goes on"
 
     def end_chain(self) -> None:
         rest = rest_of_chain(self.job.run_dir, self.place.job_id)
@@ -112,19 +115,19 @@ class LocalLife(Life):
         before = [start for start in read_history(job.run_dir) if start.job == place.job_id]
         super().__init__(place, job, restart=len(before))
 
-    def explain(self, start: Start) -> None:
+    def explain(self, start: Start, until: float) -> None:
         """Nobody has more to say."""
 
+    def blamed_nodes(self, code: int) -> list[str]:
+        """There is but one."""
+        return []
+
     def stopped(self, code: int, stop: Stop) -> int:
-        reason = self.asked_by_hand() or f"told to stop by {stop.signal}"
-        self.history.ended("stopped", code, reason, stop.signal)
+        self.history.ended("stopped", code, f"told to stop by {stop.signal}", stop.signal)
         return self.queue_again() if self.job.may_start_again else STOPPED
 
     def queue_again(self) -> int:
         return LOCAL_REQUEUE_RETURN_CODE
-
-    def hand_on(self) -> None:
-        """There are no chains here."""
 
     def end_chain(self) -> None:
         """There are no chains here."""
@@ -141,11 +144,14 @@ def _explained(start: Start) -> bool:
     return start.ended is not None and start.ended != "failed" and start.reason is not None
 
 
-def _from_accounts(start: Start) -> tuple[str | None, list[str]]:
+def _from_accounts(start: Start, until: float) -> tuple[str | None, list[str]]:
     """Why an earlier start has ended, and which of its nodes went down. Raises SlurmError."""
-    reason = start.reason or REASONS.get(SlurmJob(start.job).state_of_start(start.time) or "")
+    reason = None if start.reason == WITHOUT_A_WORD else start.reason
+    reason = reason or REASONS.get(SlurmJob(start.job).state_of_start(start.time) or "")
     lost = start.ended == "failed" or reason == NODE_FAILURE
-    down = nodes_down_since(start.nodes, start.time) if lost else []
+    if start.ended_at is not None:
+        until = min(until, start.ended_at + UNNOTICED)
+    down = nodes_down(start.nodes, start.time, until) if lost else []
     return (NODE_FAILURE if down else reason), down
 
 

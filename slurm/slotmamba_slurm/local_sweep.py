@@ -77,7 +77,7 @@ class _LocalArray:
         for cell, train, job in [each for each in self._running if each[2].done()]:
             self._running.remove((cell, train, job))
             self._ended += 1
-            how = "ended" if job.exception() is None else "stopped" if train.stop_file.exists() else "failed"
+            how = "stopped" if train.stop_file.exists() else "failed" if job.exception() else "ended"
             print(f"  {cell.name}: {how} ({self._ended} of {self._count})", flush=True)
             if how == "failed":
                 self.failed = True

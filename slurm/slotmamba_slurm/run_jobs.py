@@ -26,9 +26,14 @@ class RunJobs:
         has ended without a result, or runs on another host."""
         if not self.local:
             return None
-        if live_controllers(self.folder, self.local[-1:]):
-            return "RUNNING"
-        results = [pickle.loads(path.read_bytes())[0] for path in self.folder.glob(f"{self.local[-1]}_*_result.pkl")]
+        return self.result(str(self.local[-1])) or (
+            "RUNNING" if live_controllers(self.folder, self.local[-1:]) else None
+        )
+
+    def result(self, number: str) -> str | None:
+        """How a job has ended, in Slurm's words, by what its tasks left; None: it has not, or they were killed."""
+        paths = [path for path in self.folder.glob(f"{number}_*_result.pkl") if path.exists()]  # links may lead nowhere
+        results = [pickle.loads(path.read_bytes())[0] for path in paths]
         return None if not results else "FAILED" if "error" in results else "COMPLETED"
 
 

@@ -57,14 +57,17 @@ class SlurmJob:
         return None
 
 
-def nodes_down_since(nodes: Sequence[str], time: float) -> list[str]:
-    """Those of `nodes` that went down after `time`, by Slurm's accounts, whatever they are now. Raises SlurmError."""
-    earliest = int(time) - CLOCKS
-    since = datetime.fromtimestamp(earliest - 1).strftime("%Y-%m-%dT%H:%M:%S")  # not sooner leaves out the very second
-    which = ["event", f"nodes={','.join(nodes)}", f"start={since}"]
+def nodes_down(nodes: Sequence[str], since: float, until: float) -> list[str]:
+    """Those of `nodes` that went down in that time, by Slurm's accounts, whatever they are now.
+
+    Raises SlurmError.
+    """
+    earliest = int(since) - CLOCKS
+    first = datetime.fromtimestamp(earliest - 1).strftime("%Y-%m-%dT%H:%M:%S")
+    which = ["event", f"nodes={','.join(nodes)}", f"start={first}"]
     table = _run("sacctmgr", "-n", "-P", "show", *which, "format=NodeName,Start,State")
     events = [line.split("|") for line in table.splitlines()]
-    down = {node for node, start, state in events if state.startswith("DOWN") and int(start) >= earliest}
+    down = {node for node, at, state in events if state.startswith("DOWN") and earliest <= int(at) <= until}
     return [node for node in nodes if node in down]
 
 

@@ -20,6 +20,7 @@ from slotmamba_slurm.jobs import note_job
 from slotmamba_slurm.local_sweep import run_local
 from slotmamba_slurm.resources import local_parameters
 from slotmamba_slurm.slurm_job import SlurmError, SlurmJob
+from slotmamba_slurm.stop import cancel
 from slotmamba_slurm.submission import Submission, job_folder, write_recipe, write_submission
 from slotmamba_slurm.submit import checked, count_of, slurm_executor, train_job
 
@@ -54,7 +55,7 @@ def submit_sweep(
         local_parameters(_shared(sweep))
     submission = write_submission(sweep.recipe, git)
     jobs = [_cell_job(sweep, cell) for cell in cells]
-    record_sweep(sweep)
+    record_sweep(sweep)  # before a job looks for it
     if cluster == "slurm":
         arrays = _submit_arrays(sweep, jobs, submission)
         _say_submitted(sweep, left_out, arrays)
@@ -147,10 +148,11 @@ def _submit_arrays(sweep: Sweep, jobs: list[TrainJob], submission: Submission) -
                 note_job(train.run_dir, job.job_id, "slurm", train.submission)
         if chain > 1:
             SlurmJob(_number(arrays[0])).release()
-    except (FailedJobError, SlurmError) as error:
-        for job in (job for array in arrays for job in array):
-            job.cancel()
-        raise InputError(f"sbatch has failed: {one_line(error)}") from None
+    except BaseException as error:
+        cancel([_number(array) for array in arrays])
+        if isinstance(error, FailedJobError | SlurmError):
+            raise InputError(f"sbatch has failed: {one_line(error)}") from None
+        raise
     return arrays
 
 
@@ -161,9 +163,10 @@ def _number(array: list[Job[None]]) -> str:
 def _link_files(job: Job[None], folder: Path) -> None:
     """Puts links to the files of a cell's job where those of any run are: submitit has one folder for an array."""
     files = {f"{job.job_id}_submission.sh": job.paths.submission_file}
-    files |= {job.task(rank).paths.stdout.name: job.task(rank).paths.stdout for rank in range(job.num_tasks)}
+    for paths in (job.task(rank).paths for rank in range(job.num_tasks)):
+        paths.stdout.touch()  # a job that waits has no output yet, and one that runs adds to it
+        files |= {path.name: path for path in (paths.stdout, paths.result_pickle)}
     for name, path in files.items():
-        path.touch()  # a job that waits has no output yet, and one that runs adds to it
         (folder / name).symlink_to(os.path.relpath(path, folder))
 
 

@@ -13,18 +13,12 @@ from slotmamba_slurm.job import TrainJob
 SECONDS = 300
 
 
-def write_sweep_results(job: TrainJob, number: str, state: str) -> None:
-    """Nothing for a run that is no cell. Where it fails that is said and changes nothing: the cell has ended as it has.
-
-    Args:
-        job: of the cell.
-        number: Slurm's of the job.
-        state: in which Slurm will find it ended.
-    """
+def write_sweep_results(job: TrainJob) -> None:
+    """Nothing for a run that is no cell. That it fails is said and changes nothing: the cell has ended as it has."""
     folder = job.sweep
     if folder is None:
         return
-    command = [sys.executable, "-m", "slotmamba.sweep_report", str(folder), number, state]
+    command = [sys.executable, "-m", "slotmamba.sweep_report", str(folder)]
     try:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:

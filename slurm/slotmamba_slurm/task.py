@@ -20,7 +20,7 @@ from types import FrameType
 from submitit.core.utils import DelayedSubmission, cloudpickle_dump, temporary_save_path
 
 from slotmamba_slurm.job import TrainJob
-from slotmamba_slurm.life import Stop, TrainingFailed
+from slotmamba_slurm.life import INTERRUPTED, Stop, TrainingFailed
 from slotmamba_slurm.lives import life_of
 from slotmamba_slurm.places import LocalPlace, Place, SlurmPlace
 from slotmamba_slurm.sweep_hook import write_sweep_results
@@ -36,7 +36,7 @@ class Child:
     def __init__(self) -> None:
         self.stop: Stop | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        for number in STOPS:
+        for number in (*STOPS, signal.SIGINT):
             signal.signal(number, self._stop)
 
     def run(self, command: list[str], env: Mapping[str, str]) -> int:
@@ -49,9 +49,10 @@ class Child:
         return self._process.wait()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        # Slurm sends more than one, and to the child too, which takes the first and ignores the others.
+        # Slurm sends more than one, and to the child too, which takes the first and ignores the others. A terminal
+        # sends SIGINT to both; the child would take a second one for somebody's who does not want to wait.
         self.stop = self.stop or Stop(signal.Signals(number).name, time.time())
-        if self._process is not None and self._process.poll() is None:
+        if number in STOPS and self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
 
@@ -59,6 +60,7 @@ def main(folder: str) -> int:
     child = Child()  # first of all: a signal that comes before it ends the task
     os.environ["SUBMITIT_FOLDER"] = folder  # where submitit's paths are
     place = _place()
+    place.paths.result_pickle.unlink(missing_ok=True)  # of a start before, if the job was queued again by hand
     try:
         job = _load(place.paths.submitted_pickle)
         if job.stop_file.exists():  # `slotmamba runs stop` came before the training processes did
@@ -69,11 +71,13 @@ def main(folder: str) -> int:
         if place.global_rank == 0:
             return _lead(place, job, child)
         code = child.run(place.command(job), env=os.environ | place.variables(job))
-        if child.stop is None:
+        if not _goes_on(job, child.stop):
             _finish(place, code)
     except TrainingFailed as error:
         _write_result(place.paths.result_pickle, ("error", str(error)))
         print(error, flush=True)
+        if place.global_rank == 0:
+            write_sweep_results(job)
         return 1
     except Exception:
         _write_result(place.paths.result_pickle, ("error", traceback.format_exc()))
@@ -89,20 +93,22 @@ def _lead(place: Place, job: TrainJob, child: Child) -> int:
     if elsewhere is not None:
         return elsewhere
     code = child.run(place.command(job), env=os.environ | place.variables(job))
-    try:
-        exit_code = life.end(code, child.stop)
-    except TrainingFailed:
-        write_sweep_results(job, place.job_id, "FAILED")
-        raise
-    if child.stop is None and code == 0:
+    exit_code = life.end(code, child.stop)
+    if exit_code == 0 and code == 0 and not _goes_on(job, child.stop):
         _finish(place, code)
-        write_sweep_results(job, place.job_id, "COMPLETED")
+        write_sweep_results(job)
     return exit_code
 
 
+def _goes_on(job: TrainJob, stop: Stop | None) -> bool:
+    """Whether it was stopped for a time only."""
+    return stop is not None and stop.signal != INTERRUPTED and not job.stop_file.exists()
+
+
 def _finish(place: Place, code: int) -> None:
+    """Tells submitit how the job has ended."""
     if code:
-        raise TrainingFailed(f"slotmamba train ended with exit code {code}")
+        raise TrainingFailed(f"training has ended with exit code {code}")
     _write_result(place.paths.result_pickle, ("success", code))
 
 

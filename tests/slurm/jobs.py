@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slotmamba.metrics import read_metrics
@@ -35,17 +37,29 @@ def cli(*arguments: str, **variables: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # which the processes of a local job are in too
     )
 
 
-def succeeds(process: subprocess.Popen[str]) -> str:
+def succeeds(process: subprocess.Popen[str], seconds: float = 90) -> str:
     """What the command printed."""
     try:
-        out, err = process.communicate(timeout=90)
+        out, err = process.communicate(timeout=seconds)
     finally:
         process.kill()
     assert process.returncode == 0, err
     return out
+
+
+@contextmanager
+def ended_with_the_test(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Where the test fails, ends all processes of a job on this machine."""
+    try:
+        yield
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
 def submitted(cluster: SlurmCluster, run_dir: Path, *more: str, **variables: str) -> str:
@@ -76,8 +90,8 @@ def until(happened: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def completed(cluster: SlurmCluster, run_dir: Path, job: str) -> None:
-    found = cluster.wait_for_job(job, seconds=90)
+def completed(cluster: SlurmCluster, run_dir: Path, job: str, seconds: float = 90) -> None:
+    found = cluster.wait_for_job(job, seconds=seconds)
     assert found["JobState"] == "COMPLETED", output(run_dir, job)
 
 

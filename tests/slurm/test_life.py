@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from slotmamba.metrics import read_metrics
 from slotmamba_slurm.cluster import SlurmCluster
 from slotmamba_slurm.history import Start, read_history
-from tests.slurm.jobs import completed, output, reasons, submitted, trainers, until
+from tests.slurm.events import kill_a_node, preempt, reach_the_time_limit, trains
+from tests.slurm.jobs import completed, output, submitted, trainers, until
 from tests.train.runs import assert_same_tensors, records, tensors
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
@@ -32,60 +32,31 @@ def assert_undisturbed(cluster: SlurmCluster, run_dir: Path, job: str, undisturb
     return starts
 
 
-def trains(run_dir: Path, start: int) -> bool:
-    """Whether it has made two steps since its start of that number, from 0."""
-    starts = read_history(run_dir)
-    if len(starts) <= start or not (run_dir / "metrics.jsonl").exists():
-        return False
-    written = [record for record in read_metrics(run_dir / "metrics.jsonl") if record["kind"] == "train"]
-    return sum(record["time"] >= starts[start].time for record in written) >= 2
-
-
-def sends(run_dir: Path, rank: int, number: signal.Signals) -> None:
-    os.kill(trainers(run_dir)[rank], number)
-
-
 def test_preempted_by_a_higher_partition(cluster: SlurmCluster, tmp_path: Path, undisturbed: Path) -> None:
-    """SIGTERM alone, and twenty seconds."""
     job = submitted(cluster, tmp_path, "slurm.partition=preemptible")
     until(lambda: trains(tmp_path, 0))
-    urgent = ["--parsable", "--output=/dev/null", "--partition=normal", "--nodes=3", "--exclusive", "--wrap=sleep 1"]
-    cluster.wait_for_job(cluster.run("sbatch", *urgent).stdout.strip(), ("COMPLETED",))
+    preempt(cluster, tmp_path, job)
     first, _ = assert_undisturbed(cluster, tmp_path, job, undisturbed)
     assert (first.ended, first.reason, first.signal) == ("stopped", "preempted", "SIGTERM")
 
 
 def test_time_limit(cluster: SlurmCluster, tmp_path: Path, undisturbed: Path) -> None:
-    """Training is frozen until Slurm's signals are there, half a minute later; one of them thaws it."""
     job = submitted(cluster, tmp_path, "slurm.time=1h", "slurm.signal_lead=30s")
     until(lambda: trains(tmp_path, 0))
-    sends(tmp_path, 0, signal.SIGSTOP)
-    cluster.run("scontrol", "update", f"job={job}", "TimeLimit=1")
-    until(lambda: reasons(tmp_path) == ["time limit"])
-    cluster.wait_for_job(job, ("PENDING",))
-    cluster.run("scontrol", "update", f"job={job}", "TimeLimit=60")
+    reach_the_time_limit(cluster, tmp_path, job)
     first, _ = assert_undisturbed(cluster, tmp_path, job, undisturbed)
-    assert (first.ended, first.signal) == ("stopped", "SIGUSR2")
+    assert (first.ended, first.reason, first.signal) == ("stopped", "time limit", "SIGUSR2")
 
 
-def test_requeued_by_an_operator(cluster: SlurmCluster, tmp_path: Path, undisturbed: Path) -> None:
-    job = submitted(cluster, tmp_path)
-    until(lambda: trains(tmp_path, 0))
-    cluster.run("scontrol", "requeue", job)
-    first, _ = assert_undisturbed(cluster, tmp_path, job, undisturbed)
-    assert (first.ended, first.reason, first.signal) == ("stopped", "requeued by an operator", "SIGTERM")
-
-
-@pytest.mark.parametrize("node", ["node1", "node2"])
-def test_a_node_is_killed(node: str, cluster: SlurmCluster, tmp_path: Path, undisturbed: Path) -> None:
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.soak), 1])
+def test_a_node_is_killed(number: int, cluster: SlurmCluster, tmp_path: Path, undisturbed: Path) -> None:
     """With rank 0, which leaves no word, and without, in which case training fails before Slurm notices the node."""
     job = submitted(cluster, tmp_path, "train.checkpoint.every=4")
     until(lambda: trains(tmp_path, 0))
-    cluster.kill_node(node)
-    first, last = assert_undisturbed(cluster, tmp_path, job, undisturbed)
-    assert (first.ended, first.reason) == (None if node == "node1" else "failed", "node failure")
-    assert first.bad_nodes == (node,) and first.nodes == ("node1", "node2")
-    assert node not in last.nodes
+    node = kill_a_node(cluster, tmp_path, job, number)
+    first, _ = assert_undisturbed(cluster, tmp_path, job, undisturbed)
+    assert (first.ended, first.reason) == (None if number == 0 else "failed", "node failure")
+    assert first.bad_nodes == (node,) == (first.nodes[number],)
 
 
 def test_a_node_that_fails_twice(cluster: SlurmCluster, tmp_path: Path, undisturbed: Path) -> None:
@@ -93,7 +64,7 @@ def test_a_node_that_fails_twice(cluster: SlurmCluster, tmp_path: Path, undistur
     cluster.run("scontrol", "update", "nodename=node3", "state=drain", "reason=test")
     job = submitted(cluster, tmp_path)
     until(lambda: trains(tmp_path, 0))
-    sends(tmp_path, 1, signal.SIGKILL)
+    os.kill(trainers(tmp_path)[1], signal.SIGKILL)
     until(lambda: trains(tmp_path, 1), seconds=90)
     cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
     until(lambda: read_history(tmp_path)[1].excluded)

@@ -102,7 +102,7 @@ def assert_logs(run_dir: Path, job: str, first: int, followed: str, merged: str)
         r"\[0\] .* INFO slotmamba.faults.logs: rank 0 of 2: process \d+ on node1",
         rf"\[0\] .* mqar-tiny: resumes after step {first} ",
         rf"\[0\] .*: step {first + 1}/100000 ",
-        rf"\[0\] .*job {job} is not queued again",
+        r"\[0\] .* slotmamba_slurm.task: stopped by SIGUSR2, training ended with exit code 0",
     ]
     assert re.search(".*".join(marks), merged, re.DOTALL), merged
     assert (

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,23 @@ import pytest
 from slotmamba.cli import main
 from slotmamba.environment import git_state
 from slotmamba_slurm.cluster import SlurmCluster
-from tests.slurm.jobs import SECRETS, TWO, arguments, cli, completed, holds, output, step, submitted, succeeds, until
+from slotmamba_slurm.jobs import submitted_jobs
+from tests.slurm.events import trains
+from tests.slurm.jobs import (
+    SECRETS,
+    TWO,
+    arguments,
+    cli,
+    completed,
+    ended_with_the_test,
+    holds,
+    output,
+    reasons,
+    step,
+    submitted,
+    succeeds,
+    until,
+)
 from tests.train.runs import assert_same_tensors, committed, fails, records, tensors
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
@@ -58,6 +75,7 @@ def test_two_nodes(cluster: SlurmCluster, tmp_path: Path, undisturbed: Path, alo
     """One test, so that one worker has the job."""
     job = requeued(cluster, tmp_path)
     assert cluster.job(job.job)["Restarts"] == "2"
+    assert reasons(tmp_path) == ["told to stop by SIGUSR2", "requeued by an operator", "finished"]
     assert_resumed(job, undisturbed)
     assert_trained_as_one_process(tmp_path, alone)
     assert_record(tmp_path, job.job)
@@ -102,31 +120,44 @@ def test_two_nodes_under_zero_2(cluster: SlurmCluster, tmp_path: Path, alone: Pa
     assert_trained_as_one_process(tmp_path, alone)
 
 
-def test_not_requeued(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["submit", *arguments(tmp_path, "slurm.requeue=false", "train.steps=1000")]) == 0
-    job = capsys.readouterr().out.split()[2]
-    until(lambda: step(tmp_path) >= 1)
-    cluster.run("scancel", "--signal=USR2", job)
-    completed(cluster, tmp_path, job)
-    assert f"job {job} is not queued again, as was asked; submit it again to resume" in output(tmp_path, job)
-    assert len(committed(tmp_path)) == 1
+def test_not_requeued(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Whether the recipe forbids it, as in test_retries, or someone does later, or wants the job to end."""
+    forbidden, ended = tmp_path / "forbidden", tmp_path / "ended"
+    jobs = {run_dir: submitted(cluster, run_dir, "train.steps=1000") for run_dir in (forbidden, ended)}
+    cluster.run("scontrol", "update", f"job={jobs[forbidden]}", "requeue=0")
+    for run_dir, sent in ((forbidden, "USR2"), (ended, "INT")):
+        until(partial(trains, run_dir, 0, steps=1))
+        cluster.run("scancel", f"--signal={sent}", jobs[run_dir])
+        completed(cluster, run_dir, jobs[run_dir])
+        assert reasons(run_dir) == [f"told to stop by SIG{sent}"]
+        assert len(committed(run_dir)) == 1
+    told = f"job {jobs[forbidden]} is not queued again; submit it again to resume\n"
+    assert told in output(forbidden, jobs[forbidden])
 
 
 def test_a_local_job_starts_again(alone: Path, tmp_path: Path) -> None:
     """The same path without Slurm: stopped by SIGTERM, started again by submitit, to the same weights."""
     process = cli("submit", *arguments(tmp_path, "cluster=local"))
-    try:
+    with ended_with_the_test(process):
         until(lambda: step(tmp_path) >= 2)
-        (pickle,) = (tmp_path / "slurm").glob("*_submitted.pkl")
-        job = pickle.name.partition("_")[0]
+        (job,) = (each.job for each in submitted_jobs(tmp_path))
         os.kill(int(job), signal.SIGTERM)
-    except BaseException:
-        process.kill()
-        raise
-    assert succeeds(process).startswith(f"mqar-tiny: job {job} on this machine: 1 process\n")
+        assert succeeds(process).startswith(f"mqar-tiny: job {job} on this machine: 1 process\n")
+    assert reasons(tmp_path) == ["told to stop by SIGTERM", "finished"]
     assert "stopped by SIGTERM, training ended with exit code 0" in output(tmp_path, job)
     assert "mqar-tiny: resumes after step " in output(tmp_path, job)
     assert_same_tensors(tensors(tmp_path, 24), tensors(alone, 24))
+
+
+def test_a_local_job_is_interrupted(tmp_path: Path) -> None:
+    """As Ctrl-C does it: saved, not started again, no failure."""
+    process = cli("submit", *arguments(tmp_path, "train.steps=1000", "cluster=local"))
+    with ended_with_the_test(process):
+        until(lambda: step(tmp_path) >= 2)
+        os.killpg(process.pid, signal.SIGINT)
+        assert "interrupted: waiting for the checkpoint\n" in succeeds(process)
+    assert reasons(tmp_path) == ["told to stop by SIGINT"]
+    assert len(committed(tmp_path)) == 1
 
 
 def test_a_local_job_that_fails(
@@ -137,6 +168,7 @@ def test_a_local_job_that_fails(
     missing = "data.sources=[{name: text, shards: nowhere}]"
     said = fails(capsys, ["submit", *arguments(tmp_path, missing), "cluster=local"], code=1)
     assert said == "data.sources.0.shards: nowhere does not exist: build it with `slotmamba data build`"
+    assert reasons(tmp_path) == ["training failed (exit code 2)"]
     assert holds(tmp_path, "nowhere") != [] and holds(tmp_path, "hunter2") == []
 
 
