@@ -61,7 +61,8 @@ def fill_nodes(recipe: str | Path, overrides: Sequence[str]) -> Fill | None:
         data = DataConfig.model_validate(content.get("data"))
     except ValidationError:
         return None
-    given = [*(text.partition("=")[0] for text in overrides), *(content["sweep"] or ())]
+    swept = content["sweep"] if isinstance(content["sweep"], dict) else ()  # else `load_recipe` says what is wrong
+    given = [*(text.partition("=")[0] for text in overrides), *swept]
     layout = _layout(parallel, slurm, given)
     if layout is None:
         processes_per_node(parallel, slurm)  # says what does not fit

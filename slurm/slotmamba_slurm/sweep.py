@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from slotmamba_slurm.local_sweep import run_local
 from slotmamba_slurm.resources import local_parameters
 from slotmamba_slurm.slurm_job import SlurmError, SlurmJob
 from slotmamba_slurm.stop import cancel
-from slotmamba_slurm.submission import Submission, job_folder, write_recipe, write_submission
+from slotmamba_slurm.submission import Submission, all_or_nothing, job_folder, write_recipe, write_submission
 from slotmamba_slurm.submit import checked, count_of, slurm_executor, train_job
 
 Report = Callable[[Path], str]
@@ -53,11 +54,16 @@ def submit_sweep(
         checked(_array_script(sweep, cells))
     else:
         local_parameters(_shared(sweep))
-    submission = write_submission(sweep.recipe, git)
-    jobs = [_cell_job(sweep, cell) for cell in cells]
-    record_sweep(sweep)  # before a job looks for it
+    with ExitStack() as kept:
+        for recipe in (sweep.recipe, *(cell.recipe for cell in cells)):
+            kept.enter_context(all_or_nothing(recipe))
+        submission = write_submission(sweep.recipe, git)
+        jobs = [_cell_job(sweep, cell) for cell in cells]
+        if cluster == "slurm":
+            arrays = _submit_arrays(sweep, jobs, submission)
+        else:
+            record_sweep(sweep)
     if cluster == "slurm":
-        arrays = _submit_arrays(sweep, jobs, submission)
         _say_submitted(sweep, left_out, arrays)
         return 0
     print(_summary(sweep, left_out), flush=True)
@@ -146,6 +152,7 @@ def _submit_arrays(sweep: Sweep, jobs: list[TrainJob], submission: Submission) -
             for train, job in zip(jobs, array, strict=True):
                 _link_files(job, train.run_dir / "slurm")
                 note_job(train.run_dir, job.job_id, "slurm", train.submission)
+        record_sweep(sweep)
         if chain > 1:
             SlurmJob(_number(arrays[0])).release()
     except BaseException as error:

@@ -157,16 +157,16 @@ class SlurmCluster:
         self._wait(f"job {number} to be {' or '.join(states)}", reached, seconds)
         return found
 
+    def wait_for_node(self, name: str, state: str, seconds: float = 60) -> None:
+        """Waits until a node is in a state such as idle or down, whether it answers or not."""
+        ask = ["sinfo", "-h", "-N", "-p", "normal", "-n", name, "-o", "%T"]
+        self._wait(f"{name} to be {state}", lambda: self.run(*ask).stdout.strip().rstrip("*") == state, seconds)
+
     def process(self, name: str) -> int:
         """The first process in the namespaces of a node."""
         unshare = self._daemons[name].pid
         (child,) = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()
         return int(child)
-
-    def wait_for_node(self, name: str, state: str, seconds: float = 60) -> None:
-        """Waits until a node is in a state such as idle or down, whether it answers or not."""
-        ask = ["sinfo", "-h", "-N", "-p", "normal", "-n", name, "-o", "%T"]
-        self._wait(f"{name} to be {state}", lambda: self.run(*ask).stdout.strip().rstrip("*") == state, seconds)
 
     def _start_munged(self) -> None:
         run, socket = self.folder / "run", self.folder / "run" / "munge.sock"
