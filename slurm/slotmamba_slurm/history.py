@@ -90,7 +90,11 @@ def last_step(run_dir: Path) -> int | None:
 
 
 class History:
-    """Writes the history of a run: what happens to the start of a job that this process is of."""
+    """Writes the history of a run: what happens to the start of a job that this process is of.
+
+    A start that cannot be recorded raises OSError. What comes later is printed instead: a job that was stopped because
+    its disk is full, say, has to be queued again all the same.
+    """
 
     def __init__(self, run_dir: Path, job: str, restart: int) -> None:
         self.run_dir = run_dir
@@ -110,7 +114,7 @@ class History:
     def ended(
         self, ended: Ended, exit_code: int, reason: str | None, signal: str | None = None, bad_nodes: Sequence[str] = ()
     ) -> None:
-        self._append(
+        self._append_or_print(
             "end",
             ended_at=time.time(),
             ended=ended,
@@ -124,10 +128,16 @@ class History:
 
     def explained(self, start: Start, reason: str, bad_nodes: Sequence[str] = ()) -> None:
         """Records why an earlier start ended."""
-        self._append("reason", job=start.job, restart=start.restart, reason=reason, bad_nodes=list(bad_nodes))
+        self._append_or_print("reason", job=start.job, restart=start.restart, reason=reason, bad_nodes=list(bad_nodes))
 
     def excluded(self, nodes: Sequence[str]) -> None:
-        self._append("excluded", excluded=list(nodes))
+        self._append_or_print("excluded", excluded=list(nodes))
+
+    def _append_or_print(self, event: str, **values: Any) -> None:
+        try:
+            self._append(event, **values)
+        except OSError as error:
+            print(f"the history of the run cannot be written: {error}; {event}: {values}", flush=True)
 
     def _append(self, event: str, **values: Any) -> None:
         """Raises OSError; otherwise the line has reached the disk."""

@@ -38,7 +38,7 @@ def reach_the_time_limit(cluster: SlurmCluster, run_dir: Path, job: str) -> None
     count = len(read_history(run_dir))
     os.kill(trainers(run_dir)[0], signal.SIGSTOP)
     cluster.run("scontrol", "update", f"job={job}", "TimeLimit=1")
-    until(lambda: read_history(run_dir)[count - 1].ended, seconds=90)
+    until(lambda: read_history(run_dir)[count - 1].ended)
     cluster.wait_for_job(job, ("PENDING",))
     cluster.run("scontrol", "update", f"job={job}", "TimeLimit=600")
 

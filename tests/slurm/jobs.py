@@ -41,7 +41,7 @@ def cli(*arguments: str, **variables: str) -> subprocess.Popen[str]:
     )
 
 
-def succeeds(process: subprocess.Popen[str], seconds: float = 90) -> str:
+def succeeds(process: subprocess.Popen[str], seconds: float = 180) -> str:
     """What the command printed."""
     try:
         out, err = process.communicate(timeout=seconds)
@@ -83,14 +83,14 @@ def step(run_dir: Path) -> int:
     return max(steps, default=0)
 
 
-def until(happened: Callable[[], object], seconds: float = 60) -> None:
+def until(happened: Callable[[], object], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, "not within the time"
         time.sleep(0.02)
 
 
-def completed(cluster: SlurmCluster, run_dir: Path, job: str, seconds: float = 90) -> None:
+def completed(cluster: SlurmCluster, run_dir: Path, job: str, seconds: float = 180) -> None:
     found = cluster.wait_for_job(job, seconds=seconds)
     assert found["JobState"] == "COMPLETED", output(run_dir, job)
 

@@ -66,6 +66,17 @@ def test_a_torn_line(kept: int, run_dir: Path) -> None:
     assert [start.restart for start in read_history(run_dir)] == [0, 1]
 
 
+def test_a_disk_that_takes_no_more(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An end goes to the output; the next start is none."""
+    history_file(run_dir).mkdir()
+    history = History(run_dir, "7", 0)
+    history.ended("stopped", 1, "preempted", signal="SIGTERM")
+    said = capsys.readouterr().out
+    assert said.startswith("the history of the run cannot be written: ") and "'reason': 'preempted'" in said
+    with pytest.raises(OSError):
+        history.started("submission-001", ["node1"], processes=1)
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     assert read_history(tmp_path) == []
     assert newest_checkpoint(tmp_path) is None and last_step(tmp_path) is None

@@ -15,7 +15,7 @@ from tests.slurm.events import kill_a_node, preempt, reach_the_time_limit, train
 from tests.slurm.jobs import completed, output, submitted, trainers, until
 from tests.train.runs import assert_same_tensors, records, tensors
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 
 
 def assert_undisturbed(cluster: SlurmCluster, run_dir: Path, job: str, undisturbed: Path) -> list[Start]:
@@ -65,7 +65,7 @@ def test_a_node_that_fails_twice(cluster: SlurmCluster, tmp_path: Path, undistur
     job = submitted(cluster, tmp_path)
     until(lambda: trains(tmp_path, 0))
     os.kill(trainers(tmp_path)[1], signal.SIGKILL)
-    until(lambda: trains(tmp_path, 1), seconds=90)
+    until(lambda: trains(tmp_path, 1))
     cluster.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
     until(lambda: read_history(tmp_path)[1].excluded)
     cluster.run("scontrol", "update", "nodename=node3", "state=resume")

@@ -29,7 +29,7 @@ from tests.slurm.jobs import (
 )
 from tests.train.runs import assert_same_tensors, committed, fails, records, tensors
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 
 MISSING_DATA = "data.sources=[{name: text, shards: nowhere}]"
 NEVER_FINITE = ["optim.lr=1e30", "optim.warmup=1"]

@@ -34,7 +34,7 @@ from tests.slurm.jobs import (
 )
 from tests.train.runs import assert_same_tensors, committed, fails, records, tensors
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
