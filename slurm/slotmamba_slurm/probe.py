@@ -29,10 +29,15 @@ def main(file: Path, backends: list[str]) -> None:
     print(MARK + json.dumps(report), flush=True)
 
 
+def answer_of(node: str, file: Path) -> Path:
+    """What a node leaves beside the file for the other side to find."""
+    return file.with_name(f"{file.name}-{node}")
+
+
 def _sees(file: Path, node: str) -> bool:
-    """Whether the file is there with its content; leaves one beside it for the other side to find."""
+    """Whether the file is there with its content."""
     try:
-        file.with_name(f"{file.name}-{node}").touch()
+        answer_of(node, file).touch()
         return file.read_text() == file.name
     except OSError:
         return False

@@ -1,8 +1,8 @@
 """torchrun on a node, ``python -m slotmamba_slurm.torchrun ARGUMENTS``, that leaves stopping to the training processes.
 
-At SIGTERM torchrun gives them thirty seconds and kills them, and SIGUSR2 ends torchrun alone. Here it survives both and
-sees to it that every process which it has started is told once: Slurm signals all processes of a job by itself, but not
-those that start later, or are not yet prepared for it.
+At SIGTERM and SIGINT torchrun gives them thirty seconds and kills them, and SIGUSR2 ends torchrun alone. Here it
+survives all three and sees to it that every process which it has started is told once: Slurm signals all processes of a
+job by itself, but not those that start later, or are not yet prepared for it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-STOPS = (signal.SIGUSR2, signal.SIGTERM)
+STOPS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 0.2
 
 
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     threading.Thread(target=_tell, args=(stops,), daemon=True).start()
     from torch.distributed.run import main as torchrun  # seconds, in which a signal should count
 
-    torchrun(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *arguments])
+    torchrun(["--signals-to-handle=SIGHUP,SIGQUIT", *arguments])
 
 
 class _Stops:

@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple
 from slotmamba.config.slurm import SlurmConfig
 from slotmamba.errors import one_line
 from slotmamba_slurm.containers import container_options
-from slotmamba_slurm.probe import MARK
+from slotmamba_slurm.probe import MARK, answer_of
 from slotmamba_slurm.resources import task_python
 
 QUEUE_SECONDS = 120  # that the job waits for free nodes
 SECONDS = 300  # that it takes with that
-
+BUSY = "Requested nodes are busy"  # srun's words
 
 State = Literal["ok", "note", "problem"]
 
@@ -39,7 +39,8 @@ def try_job(slurm: SlurmConfig, partition: str, nodes: int) -> Iterator[Finding]
         done = _srun(slurm, partition, nodes, file)
         reports = [json.loads(line.removeprefix(MARK)) for line in done.stdout.splitlines() if line.startswith(MARK)]
         reports.sort(key=lambda report: report["node"])
-        answers = sorted(path.name.removeprefix(f"{file.name}-") for path in file.parent.glob(f"{file.name}-*"))
+        # By name: what a network file system knows of a folder may be half a minute old.
+        answers = [report["node"] for report in reports if answer_of(report["node"], file).exists()]
     except subprocess.TimeoutExpired:
         yield Finding("problem", f"a job on {nodes} nodes of {partition} has not ended in {SECONDS} s: cancelled")
         return
@@ -47,7 +48,11 @@ def try_job(slurm: SlurmConfig, partition: str, nodes: int) -> Iterator[Finding]
         for path in file.parent.glob(f"{file.name}*"):
             path.unlink()
     if len(reports) < nodes:
-        yield Finding("problem", f"a job on {nodes} nodes of {partition} does not run: {_last_words(done)}")
+        said = _last_words(done)
+        if BUSY in said:
+            yield Finding("note", f"{nodes} nodes of {partition} were not free within {QUEUE_SECONDS} s: not tried")
+            return
+        yield Finding("problem", f"a job on {nodes} nodes of {partition} does not run: {said}")
     if reports:
         yield from _findings(reports, answers, file.parent, slurm)
 

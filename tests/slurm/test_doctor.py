@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from slotmamba.cli import main
+from slotmamba_slurm import trial
 from slotmamba_slurm.cluster import SlurmCluster
 from tests.distributed.ranks import free_port
 from tests.train.runs import fails
@@ -71,6 +72,14 @@ def test_what_is_missing_on_nodes(
         "problem  nccl on node1: PyTorch finds no GPU, though the job was given one: is it a build for CUDA, and of "
         "that of the driver?",
     ]
+
+
+def test_busy_nodes(cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A job has to wait, and could work."""
+    job = cluster.run("sbatch", "--parsable", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 60")
+    cluster.wait_for_job(job.stdout.strip(), ("RUNNING",))
+    monkeypatch.setattr(trial, "QUEUE_SECONDS", 1)
+    assert findings(capsys, code=0)[-1] == "note     2 nodes of normal were not free within 1 s: not tried"
 
 
 def test_another_python_without_torch(cluster: SlurmCluster, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,10 @@ def filled(*overrides: str) -> str | None:
         # On CPUs any number of processes that the nodes share.
         (["slurm.nodes=2", "parallel.engine=fsdp2", "parallel.shard=4"], "train.micro_batch=4 (to fill 2 nodes)"),
         (["slurm.nodes=2", "parallel.engine=fsdp2", "parallel.shard=4", "train.micro_batch=2"], None),
+        (
+            ["slurm.nodes=2", "sweep={optim.lr: [1.0e-3, 2.0e-3]}"],
+            "parallel.engine=fsdp2 parallel.replicate=2 train.micro_batch=8 (to fill 2 nodes)",
+        ),
         ([], None),
     ],
 )
@@ -108,7 +112,8 @@ def test_a_large_model() -> None:
 def test_nodes_are_all_that_is_given(cluster: SlurmCluster, tmp_path: Path) -> None:
     """Each node is a replica, and the losses are those of one process, to float32 sums in another order."""
     alone, both = tmp_path / "alone", tmp_path / "both"
-    small = [text for text in SMALL if not text.startswith("train.micro_batch=")]
+    eight = [*SMALL, "train.steps=8"]
+    small = [text for text in eight if not text.startswith("train.micro_batch=")]
     out = succeeds(cli("submit", "mqar-tiny", f"run_dir={both}", *small, "slurm.nodes=2"))
     found = re.fullmatch(
         r"parallel\.engine=fsdp2 parallel\.replicate=2 train\.micro_batch=1 \(to fill 2 nodes\)\n"
@@ -117,7 +122,7 @@ def test_nodes_are_all_that_is_given(cluster: SlurmCluster, tmp_path: Path) -> N
         re.DOTALL,
     )
     assert found, out
-    assert main(["train", "mqar-tiny", f"run_dir={alone}", *SMALL]) == 0
+    assert main(["train", "mqar-tiny", f"run_dir={alone}", *eight]) == 0
     completed(cluster, both, found[1])
     one, two = (records(folder, "train") for folder in (alone, both))
     assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=1e-4)

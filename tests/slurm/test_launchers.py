@@ -63,7 +63,7 @@ def test_torchrun_on_two_nodes(cluster: SlurmCluster, tmp_path: Path) -> None:
 
 
 def test_who_starts_after_the_signal_is_told_once(tmp_path: Path) -> None:
-    """torchrun gets both signals before it has started a process, and lives."""
+    """torchrun gets all signals before it has started a process, and lives."""
     (tmp_path / "worker.py").write_text(WORKER)
     where = ["--nnodes=1", "--node-rank=0", "--nproc-per-node=2", "--rdzv-backend=static", "--master-addr=127.0.0.1"]
     where.append(f"--master-port={free_port()}")
@@ -75,6 +75,7 @@ def test_who_starts_after_the_signal_is_told_once(tmp_path: Path) -> None:
         until(lambda: _catches(process.pid, signal.SIGTERM))
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGUSR2)
+        process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()
