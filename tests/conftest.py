@@ -6,6 +6,7 @@ The fixtures import what they need themselves: the tests of the kernels run wher
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,9 @@ import torch
 
 if TYPE_CHECKING:
     from slotmamba.config import Recipe
+
+# What starts pytest in the background has it ignore Ctrl-C, and with it all that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before any kernel is imported: Triton decides then whether it interprets or compiles.
 if not torch.cuda.is_available():

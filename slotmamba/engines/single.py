@@ -50,6 +50,11 @@ class SingleEngine(Engine):
         return gradient_norm(self.model.parameters())
 
     def step(self, lr: float, norm: Tensor) -> None:
+        # What the rows do not use, such as surprise where they are one segment and nothing is handed over, has a gradient
+        # of zero, so that its optimizer state is there from the first step too.
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         if not self._checked:
             self._check_gradients()
         scale_gradients(self.model.parameters(), norm, self.recipe.optim.clip_norm)

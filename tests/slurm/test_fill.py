@@ -102,9 +102,7 @@ def test_what_the_user_sets_stands(overrides: list[str], message: str) -> None:
 def test_a_large_model() -> None:
     """All that a user types for it."""
     fill = fill_nodes("lm-340m", ["slurm.nodes=4"])
-    assert str(fill) == (
-        "parallel.engine=fsdp2 parallel.replicate=4 parallel.shard=8 train.micro_batch=1 (to fill 4 nodes of 8 GPUs)"
-    )
+    assert str(fill) == "parallel.engine=fsdp2 parallel.replicate=4 parallel.shard=8 (to fill 4 nodes of 8 GPUs)"
 
 
 @pytest.mark.slow

@@ -215,3 +215,15 @@ def test_wandb_offline_goes_on_with_its_run(runs: Runs, tmp_path: Path) -> None:
     assert manifest["progress"]["tracker"] == {"id": identity}
     assert train(runs.recipe(tmp_path, "logging.wandb.mode=offline", "train.steps=3")) == 0
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2, "a finished run starts no wandb run"
+
+
+@pytest.mark.parametrize("segment_len", [12, 24], ids=["two segments", "one"])
+def test_rows_of_so_few_segments_that_surprise_is_not_used(runs: Runs, tmp_path: Path, segment_len: int) -> None:
+    """It is handed over from the second segment on, and has an effect from the third; what it is made from stays."""
+    override = f"model.slots.segment_len={segment_len}"
+    recipe = runs.recipe(tmp_path / "run", override, "optim.weight_decay=0")
+    assert len(trained(recipe)) == 10
+    after, initial = tensors(recipe.run_path, 10), build_model(recipe.model)
+    InitialWeights(initial, recipe.seed).fill(initial)
+    mix = "decoder.layers.0.slots.surprise_mix"
+    assert torch.equal(after[f"model.{mix}"], initial.get_parameter(mix))
