@@ -148,8 +148,15 @@ def _load(pickle: Path) -> TrainJob:
 
 
 def _write_result(path: Path, result: tuple[str, object]) -> None:
-    with temporary_save_path(path) as temporary:
-        cloudpickle_dump(result, temporary)
+    """On a full disk nothing is written: what the job has printed, and its exit code, say the same."""
+    temporary = path.with_name(path.name + ".save_tmp")  # as submitit calls it, which refuses to go on with one
+    temporary.unlink(missing_ok=True)
+    try:
+        with temporary_save_path(path):
+            cloudpickle_dump(result, temporary)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        print(f"how the job has ended is not written: {error}", flush=True)
 
 
 if __name__ == "__main__":
