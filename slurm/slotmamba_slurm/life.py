@@ -83,7 +83,7 @@ class Life(ABC):
 
     def _explain_start_before(self) -> None:
         """At the end once more: Slurm's accounts may not have known of a lost node yet when this start began."""
-        *earlier, own = read_history(self.job.run_dir)
+        *earlier, own = self.history.until_own()
         if earlier:
             self.explain(earlier[-1], until=own.time)
 
