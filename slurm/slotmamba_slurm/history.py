@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 WITHOUT_A_WORD = "its processes died without a word, e.g. with their node"
 NODE_FAILURE = "node failure"
+LOCKED_OUT = "another job trains here"
 Ended = Literal["finished", "stopped", "failed"]
 
 
