@@ -15,8 +15,9 @@ from slotmamba_slurm.run_jobs import RunJobs, run_jobs
 
 
 def open_run(path: Path, last_bytes: int | None = None) -> RunFolder:
-    """The folder of a run, with the history of its jobs."""
-    return RunFolder(path, [_start(each) for each in history.read_history(path)], last_bytes)
+    """The folder of a run, with the history of its jobs but for those that another job kept from training."""
+    starts = [each for each in history.read_history(path) if each.reason != history.LOCKED_OUT]
+    return RunFolder(path, [_start(each) for each in starts], last_bytes)
 
 
 def _start(job: history.Start) -> Start:
@@ -39,7 +40,7 @@ class LastJobs:
 def last_jobs(folders: Sequence[RunFolder]) -> LastJobs:
     """Asks Slurm once for the jobs of all runs, and once more for those that have left the queue."""
     of_runs = {run.path: run_jobs(run.path) for run in folders}
-    ids = {path: own.slurm for path, own in of_runs.items()}
+    ids = {path: _not_locked_out(path, own.slurm) for path, own in of_runs.items()}
     queue = ask_squeue([each for own in ids.values() for each in own])
     forgotten = [own[-1] for own in ids.values() if own and not any(each in queue.jobs for each in own)]
     accounts = Queue() if queue.problems else ask_sacct(forgotten)
@@ -51,6 +52,12 @@ def last_jobs(folders: Sequence[RunFolder]) -> LastJobs:
         if known:
             jobs[path] = max(known, key=lambda job: (job.runs, job.waits, own.index(job.id)))
     return LastJobs(jobs, queue.problems + accounts.problems)
+
+
+def _not_locked_out(path: Path, ids: list[str]) -> list[str]:
+    """Without jobs that ended because another one trains: the state of the run is that one's."""
+    reasons = {start.job: start.reason for start in history.read_history(path)}  # of the last start of each
+    return [each for each in ids if reasons.get(each) != history.LOCKED_OUT]
 
 
 def _ended(job: Job, own: RunJobs) -> Job:

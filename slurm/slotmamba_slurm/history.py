@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 WITHOUT_A_WORD = "its processes died without a word, e.g. with their node"
 NODE_FAILURE = "node failure"
+LOCKED_OUT = "another job trains here"
 Ended = Literal["finished", "stopped", "failed"]
 
 
@@ -99,6 +100,12 @@ class History:
     def __init__(self, run_dir: Path, job: str, restart: int) -> None:
         self.run_dir = run_dir
         self._key = {"job": job, "restart": restart}
+
+    def until_own(self) -> list[Start]:
+        """The starts up to this one, which is the last of them: another job of the run may have started since."""
+        starts = read_history(self.run_dir)
+        own = [self._key == {"job": start.job, "restart": start.restart} for start in starts].index(True)
+        return starts[: own + 1]
 
     def started(self, submission: str, nodes: Sequence[str], processes: int) -> None:
         resumed_from = newest_checkpoint(self.run_dir)

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slotmamba_slurm.history import NODE_FAILURE, History, Start, newest_checkpoint, read_history
+from slotmamba import run_lock
+from slotmamba_slurm.history import LOCKED_OUT, NODE_FAILURE, History, Start, newest_checkpoint, read_history
 from slotmamba_slurm.job import TrainJob
 from slotmamba_slurm.places import Place
 
@@ -78,12 +79,16 @@ class Life(ABC):
             self.history.ended("finished", code, "finished")
             self.end_chain()
             return 0
+        if code == BAD_INPUT and run_lock.is_held(self.job.run_dir):  # by others: our own processes have ended
+            self.history.ended("stopped", code, LOCKED_OUT)
+            self.end_chain()
+            raise TrainingFailed(f"{LOCKED_OUT}: job {self.place.job_id} is not queued again")
         self.history.ended("failed", code, f"training failed ({_described(code)})", bad_nodes=self.blamed_nodes(code))
         return self._failed(code)
 
     def _explain_start_before(self) -> None:
         """At the end once more: Slurm's accounts may not have known of a lost node yet when this start began."""
-        *earlier, own = read_history(self.job.run_dir)
+        *earlier, own = self.history.until_own()
         if earlier:
             self.explain(earlier[-1], until=own.time)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from functools import partial
 
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 from slotmamba_slurm.history import NODE_FAILURE, WITHOUT_A_WORD, Start, read_history
 from slotmamba_slurm.job import TrainJob
 from slotmamba_slurm.jobs import rest_of_chain
-from slotmamba_slurm.life import STOPPED, Life, Stop
+from slotmamba_slurm.life import STOPPED, Life, Stop, TrainingFailed
 from slotmamba_slurm.places import Place, SlurmPlace
-from slotmamba_slurm.slurm_job import SlurmError, SlurmJob, nodes_down
+from slotmamba_slurm.slurm_job import SlurmError, SlurmJob, insist, nodes_down
 
 EARLY = 60  # seconds that Slurm may send a signal before it is asked to
 UNNOTICED = 1800  # seconds after which Slurm, by SlurmdTimeout, has noticed that a node is gone
@@ -52,12 +53,15 @@ class SlurmLife(Life):
             print(f"job {start.job} has ended: {', '.join([reason, *down])}", flush=True)
 
     def stopped(self, code: int, stop: Stop) -> int:
-        fields = self.slurm.fields()
+        self.history.ended("stopped", code, None, stop.signal)  # first of all: Slurm may not answer, and then kill
+        try:
+            fields = insist(self.slurm.fields)
+        except SlurmError as error:
+            raise TrainingFailed(f"{error}: {self.hand_on()}") from None
         if fields["JobState"] != "RUNNING":
-            self.history.ended("stopped", code, None, stop.signal)
             self._ended_by_slurm(queued_again=int(fields["Restarts"]) > self.restart)
             return STOPPED
-        self.history.ended("stopped", code, why_told_to_stop(fields, stop, self.job.signal_lead), stop.signal)
+        self.history.explained(self.history.until_own()[-1], why_told_to_stop(fields, stop, self.job.signal_lead))
         # `scontrol update job=... requeue=0` has the last word.
         if self.job.may_start_again and fields["Requeue"] == "1":
             return self.queue_again()
@@ -67,7 +71,7 @@ class SlurmLife(Life):
     def _ended_by_slurm(self, queued_again: bool) -> None:
         """Slurm has ended the start and, for a lost node, an operator or at preemption, queued the job again."""
         deadline = time.monotonic() + ACCOUNT_SECONDS
-        while not _explained(own := read_history(self.job.run_dir)[-1]) and time.monotonic() < deadline:
+        while not _explained(own := self.history.until_own()[-1]) and time.monotonic() < deadline:
             self.explain(own, until=time.time())
             time.sleep(0.5)
         what = "is queued again by Slurm" if queued_again else "is ended by Slurm"
@@ -78,19 +82,37 @@ class SlurmLife(Life):
             print(self.hand_on(), flush=True)
 
     def queue_again(self) -> int:
-        self.slurm.requeue()
+        try:
+            queued = insist(self._requeue)
+        except SlurmError as error:
+            raise TrainingFailed(f"{error}: {self.hand_on()}") from None
+        if not queued:
+            print(f"job {self.place.job_id} is ended by Slurm: {self.hand_on()}", flush=True)
+            return STOPPED
         print(f"job {self.place.job_id} is queued again", flush=True)
         self._exclude_bad_nodes(self.slurm)
         return STOPPED
+
+    def _requeue(self) -> bool:
+        """Whether it is queued again: by this call, or by one before, the answer to which was lost."""
+        fields = self.slurm.fields()
+        if fields["JobState"] != "RUNNING":
+            return int(fields["Restarts"]) > self.restart
+        self.slurm.requeue()
+        return True
 
     def _exclude_bad_nodes(self, *jobs: SlurmJob) -> None:
         bad = self.nodes_to_exclude()
         if not bad:
             return
+        try:
+            for job in jobs:
+                insist(partial(job.exclude, bad))
+        except SlurmError as error:  # the next start sees for itself that it is on a bad node
+            print(f"the job has failed twice on {', '.join(bad)}, which cannot be excluded: {error}", flush=True)
+            return
         self.history.excluded(bad)
         print(f"the job has failed twice on {', '.join(bad)}: excluded from now on", flush=True)
-        for job in jobs:
-            job.exclude(bad)
 
     def hand_on(self) -> str:
         """The next job of the chain goes on, where there is one."""
@@ -102,8 +124,12 @@ class SlurmLife(Life):
 
     def end_chain(self) -> None:
         rest = rest_of_chain(self.job.run_dir, self.place.job_id)
-        for number in rest:
-            SlurmJob(number).cancel_pending()
+        try:
+            for number in rest:
+                insist(SlurmJob(number).cancel_pending)
+        except SlurmError as error:
+            print(f"the rest of the chain is not cancelled: {error}", flush=True)
+            return
         if rest:
             print(f"the rest of the chain is cancelled: {', '.join(rest)}", flush=True)
 

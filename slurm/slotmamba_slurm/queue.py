@@ -15,6 +15,8 @@ from slotmamba.errors import one_line
 SECONDS = 10.0
 _FIELDS = "%i|%T|%r|%N|%S"  # job, state, reason, nodes, start
 _ACCOUNT_FIELDS = "JobID,State,Reason,NodeList,Start"
+_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
+_ENDED |= {"REVOKED", "TIMEOUT"}
 _ENDED_REASONS = ("None", "NonZeroExitCode")
 
 
@@ -31,6 +33,10 @@ class QueuedJob:
     reason: str
     nodes: str
     began: float | None
+
+    @property
+    def ended(self) -> bool:
+        return self.state in _ENDED
 
 
 @dataclass

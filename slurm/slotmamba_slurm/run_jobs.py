@@ -6,7 +6,9 @@ import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
+from slotmamba.errors import InputError
 from slotmamba_slurm.jobs import submitted_jobs
+from slotmamba_slurm.queue import ask_squeue
 from slotmamba_slurm.stop import live_controllers
 
 
@@ -43,3 +45,20 @@ def run_jobs(run_dir: Path) -> RunJobs:
     slurm = [each.job for each in jobs if each.cluster == "slurm"]
     local = [int(each.job) for each in jobs if each.cluster == "local"]
     return RunJobs(folder, slurm, local, list(folder.glob("submission-*/recipe.yaml")))
+
+
+def check_none_under_way(run_dir: Path) -> None:
+    """Two jobs of a run would train in the same folder, which the second one finds locked.
+
+    Raises:
+        InputError: a job of the run waits or runs on Slurm, or Slurm does not say whether one does.
+    """
+    own = run_jobs(run_dir)
+    queue = ask_squeue(own.slurm)
+    if queue.problems:
+        raise InputError(f"{queue.problems[0]}: whether jobs of this run are queued already is not known")
+    for job in queue.jobs.values():
+        # Slurm says for a while that a job runs whose tasks have left their results.
+        if not job.ended and (job.state == "PENDING" or own.result(job.id) is None):
+            stop = f"`slotmamba runs stop {run_dir}`"
+            raise InputError(f"job {job.id} of this run is in the queue already ({job.state}): {stop} ends it")

@@ -5,17 +5,49 @@ from __future__ import annotations
 import math
 import re
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from typing import TypeVar
 
 from slotmamba_slurm.door import run_slurm
 
+T = TypeVar("T")
+
 SECONDS = 60  # that a command may take
 CLOCKS = 2  # seconds that those of two nodes differ at most
+PATIENCE = 600  # seconds in which `insist` asks again
+PAUSE = 5.0  # seconds between two of its questions
+REFUSALS = ("Invalid job id", "ccess/permission denied", "Requested operation is presently disabled")
 
 
 class SlurmError(RuntimeError):
     """A command of Slurm's is not there, has failed or does not answer; the text is one line."""
+
+
+class SlurmRefusalError(SlurmError):
+    """It will fail the next time too."""
+
+
+def insist(ask: Callable[[], T]) -> T:
+    """What `ask` returns, which is called again while Slurm does not answer, as when its controller starts anew.
+
+    Raises:
+        SlurmError: Slurm has refused, or not answered for `PATIENCE` seconds.
+    """
+    deadline, said = time.monotonic() + PATIENCE, False
+    while True:
+        try:
+            return ask()
+        except SlurmRefusalError:
+            raise
+        except SlurmError as error:
+            if time.monotonic() > deadline:
+                raise
+            if not said:
+                print(f"{error}: asking again for up to {PATIENCE} s", flush=True)
+                said = True
+        time.sleep(PAUSE)
 
 
 class SlurmJob:
@@ -77,9 +109,11 @@ def _run(*command: str) -> str:
     try:
         done = run_slurm(command, {"SLURM_TIME_FORMAT": "%s"}, SECONDS)
     except FileNotFoundError:
-        raise SlurmError(f"there is no {command[0]} on PATH on this node") from None
+        raise SlurmRefusalError(f"there is no {command[0]} on PATH on this node") from None
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{' '.join(command)}: no answer in {SECONDS} s") from None
     if done.returncode:
-        raise SlurmError(f"{' '.join(command)}: {' '.join(done.stderr.split())}")
+        refused = any(words in done.stderr for words in REFUSALS)
+        kind = SlurmRefusalError if refused else SlurmError
+        raise kind(f"{' '.join(command)}: {' '.join(done.stderr.split())}")
     return done.stdout

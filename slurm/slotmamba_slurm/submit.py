@@ -22,6 +22,7 @@ from slotmamba_slurm.executors import LocalTasks, SlurmTasks
 from slotmamba_slurm.job import TrainJob
 from slotmamba_slurm.jobs import note_job
 from slotmamba_slurm.resources import local_parameters, processes_per_node, slurm_parameters, task_python
+from slotmamba_slurm.run_jobs import check_none_under_way
 from slotmamba_slurm.slurm_job import SlurmError, SlurmJob
 from slotmamba_slurm.submission import Submission, all_or_nothing, job_folder, write_submission
 
@@ -40,7 +41,8 @@ def submit(recipe: Recipe, cluster: str, train: Train, git: dict[str, Any] | Non
         git: which commit the code is, for the record.
 
     Raises:
-        InputError: the recipe does not fit its nodes, or the cluster refuses the job; nothing was submitted.
+        InputError: the recipe does not fit its nodes, a job of the run is under way, or the cluster refuses the job;
+            nothing was submitted.
     """
     match cluster:
         case "slurm":
@@ -102,6 +104,7 @@ def slurm_executor(recipe: Recipe, submission: Submission) -> SlurmTasks:
 
 
 def _submit_to_slurm(recipe: Recipe, git: dict[str, Any] | None) -> int:
+    check_none_under_way(recipe.run_path)
     checked(slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN")).script())
     with all_or_nothing(recipe):
         first, *others = _submit_chain(recipe, write_submission(recipe, git))

@@ -6,6 +6,7 @@ signal's handler, and a crash of the child leaves someone to say so.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -28,10 +30,15 @@ from slotmamba_slurm.timed_output import TimedLines
 
 PICKLE_SECONDS = 60.0  # in which submitit moves the pickle to where the job's number says, once it knows the number
 STOPS = (signal.SIGUSR2, signal.SIGTERM)
+LIBC = ctypes.CDLL(None)  # loaded here: not between fork and exec
+PR_SET_PDEATHSIG = 1
 
 
 class Child:
-    """A process that is sent on the signals that ask a job to stop. Whatever was asked before it starts counts too."""
+    """A process that is sent on the signals that ask a job to stop. Whatever was asked before it starts counts too.
+
+    It does not outlive the task, whose end nobody could tell it any more.
+    """
 
     def __init__(self) -> None:
         self.stop: Stop | None = None
@@ -39,11 +46,11 @@ class Child:
         for number in (*STOPS, signal.SIGINT):
             signal.signal(number, self._stop)
 
-    def run(self, command: list[str], env: Mapping[str, str]) -> int:
-        """The exit code of `command`; 0 where a stop came before it."""
+    def run(self, command: list[str], env: Mapping[str, str], last: signal.Signals) -> int:
+        """The exit code of `command`; 0 where a stop came before it. Where the task is killed, it is sent `last`."""
         if self.stop is not None:
             return 0
-        self._process = subprocess.Popen(command, env=env)
+        self._process = subprocess.Popen(command, env=env, preexec_fn=partial(_end_with, os.getpid(), last))
         if self.stop is not None:  # while it started
             self._process.send_signal(STOPS[0])
         return self._process.wait()
@@ -70,7 +77,7 @@ def main(folder: str) -> int:
         print(f"{place}: rendezvous at {place.rendezvous}", flush=True)
         if place.global_rank == 0:
             return _lead(place, job, child)
-        code = child.run(place.command(job), env=os.environ | place.variables(job))
+        code = _train(place, job, child)
         if not _goes_on(job, child.stop):
             _finish(place, code)
     except TrainingFailed as error:
@@ -92,12 +99,25 @@ def _lead(place: Place, job: TrainJob, child: Child) -> int:
     elsewhere = life.begin()
     if elsewhere is not None:
         return elsewhere
-    code = child.run(place.command(job), env=os.environ | place.variables(job))
+    code = _train(place, job, child)
     exit_code = life.end(code, child.stop)
     if exit_code == 0 and code == 0 and not _goes_on(job, child.stop):
         _finish(place, code)
         write_sweep_results(job)
     return exit_code
+
+
+def _train(place: Place, job: TrainJob, child: Child) -> int:
+    # torchrun hands SIGTERM on to the processes that it has started, which it would leave behind if it were killed.
+    last = signal.SIGTERM if job.torchrun else signal.SIGKILL
+    return child.run(place.command(job), os.environ | place.variables(job), last)
+
+
+def _end_with(task: int, last: signal.Signals) -> None:
+    """In the child: has it sent `last` when the thread that starts it, the only one of the task, ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, last)
+    if os.getppid() != task:  # it has ended already
+        os.kill(os.getpid(), last)
 
 
 def _goes_on(job: TrainJob, stop: Stop | None) -> bool:
@@ -128,8 +148,15 @@ def _load(pickle: Path) -> TrainJob:
 
 
 def _write_result(path: Path, result: tuple[str, object]) -> None:
-    with temporary_save_path(path) as temporary:
-        cloudpickle_dump(result, temporary)
+    """On a full disk nothing is written: what the job has printed, and its exit code, say the same."""
+    temporary = path.with_name(path.name + ".save_tmp")  # as submitit calls it, which refuses to go on with one
+    temporary.unlink(missing_ok=True)
+    try:
+        with temporary_save_path(path):
+            cloudpickle_dump(result, temporary)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        print(f"how the job has ended is not written: {error}", flush=True)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,13 @@ def trainers(run_dir: Path) -> dict[int, int]:
     return found
 
 
+def tasks(run_dir: Path) -> dict[int, int]:
+    """The process number, as outside of its node, of the task of each rank that trains."""
+    parent = "\nPPid:\t"
+    said = {rank: Path(f"/proc/{number}/status").read_text() for rank, number in trainers(run_dir).items()}
+    return {rank: int(each.partition(parent)[2].split()[0]) for rank, each in said.items()}
+
+
 def reasons(run_dir: Path) -> list[str | None]:
     """Of all starts, why they ended."""
     return [start.reason for start in read_history(run_dir)]

@@ -12,7 +12,7 @@ import pytest
 from slotmamba_slurm.cluster import SlurmCluster
 from slotmamba_slurm.history import Start, read_history
 from tests.slurm.events import kill_a_node, preempt, reach_the_time_limit, trains
-from tests.slurm.jobs import completed, output, submitted, trainers, until
+from tests.slurm.jobs import completed, output, submitted, tasks, trainers, until
 from tests.train.runs import assert_same_tensors, records, tensors
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
@@ -77,3 +77,28 @@ def test_a_node_that_fails_twice(cluster: SlurmCluster, tmp_path: Path, undistur
     said = output(tmp_path, job)
     assert "training failed (exit code 1): retry 1 of 2\n" in said
     assert "the job has failed twice on node2: excluded from now on\n" in said
+
+
+@pytest.mark.parametrize("sent", [signal.SIGUSR2, pytest.param(signal.SIGKILL, marks=pytest.mark.soak)])
+def test_a_controller_that_does_not_answer(
+    sent: signal.Signals, cluster: SlurmCluster, tmp_path: Path, undisturbed: Path
+) -> None:
+    """When the job is told to stop, and when training fails: the history knows it, and the job asks until it is there
+    again."""
+    job = submitted(cluster, tmp_path)
+    until(lambda: trains(tmp_path, 0))
+    controller = int((cluster.folder / "run" / "slurmctld.pid").read_text())
+    os.kill(controller, signal.SIGSTOP)
+    try:
+        if sent == signal.SIGKILL:
+            os.kill(trainers(tmp_path)[0], sent)
+        else:
+            for task in tasks(tmp_path).values():
+                os.kill(task, sent)
+        until(lambda: "asking again for up to 600 s\n" in output(tmp_path, job))
+        (start,) = read_history(tmp_path)
+        assert start.ended == ("failed" if sent == signal.SIGKILL else "stopped")
+    finally:
+        os.kill(controller, signal.SIGCONT)
+    first, _ = assert_undisturbed(cluster, tmp_path, job, undisturbed)
+    assert first.reason == ("training failed (SIGKILL)" if sent == signal.SIGKILL else "told to stop by SIGUSR2")

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from slotmamba import run_lock
 from slotmamba.cli import main
 from slotmamba_slurm.cluster import SlurmCluster
+from slotmamba_slurm.history import read_history
+from slotmamba_slurm.jobs import submitted_jobs
 from tests.runs.commands import listed, said
 from tests.slurm.jobs import arguments, cli, output, step, submitted, succeeds, until
-from tests.train.runs import committed
+from tests.train.runs import committed, fails
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
 
@@ -110,6 +113,35 @@ def assert_logs(run_dir: Path, job: str, first: int, followed: str, merged: str)
     )
     times = re.findall(r"^\[\d\] (\d{4}-\S+ \S+) [A-Z]+ ", merged, re.M)
     assert len(times) > 10 and times == sorted(times)
+
+
+def test_submitted_twice(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused while a job of the run waits; not once it has ended."""
+    filled(cluster)
+    job = submitted(cluster, tmp_path)
+    said = fails(capsys, ["submit", *arguments(tmp_path)], code=2)
+    stop = f"`slotmamba runs stop {tmp_path}` ends it"
+    assert said == f"job {job} of this run is in the queue already (PENDING): {stop}"
+    assert [each.job for each in submitted_jobs(tmp_path)] == [job]
+    cluster.run("scancel", job)
+    submitted(cluster, tmp_path)
+
+
+def test_another_process_trains_there(
+    cluster: SlurmCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job fails; the run goes on as before."""
+    assert main(["train", *arguments(tmp_path, "train.steps=2")]) == 0
+    with (tmp_path / run_lock.NAME).open("a") as lock:
+        assert run_lock.take(lock)
+        job = submitted(cluster, tmp_path, "train.steps=2")
+        assert cluster.wait_for_job(job, seconds=120)["JobState"] == "FAILED"
+        capsys.readouterr()
+        assert the_run(capsys, tmp_path) == ("running", "")
+    assert f"another job trains here: job {job} is not queued again\n" in output(tmp_path, job)
+    (start,) = read_history(tmp_path)
+    assert (start.ended, start.reason) == ("stopped", "another job trains here")
+    assert the_run(capsys, tmp_path) == ("finished", "")
 
 
 def test_stopped_while_it_waits(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
