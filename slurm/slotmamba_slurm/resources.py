@@ -68,13 +68,15 @@ def slurm_parameters(recipe: Recipe, code: Path) -> dict[str, Any]:
         "signal_delay_s": seconds(slurm.signal_lead),
         "wckey": None,
         "stderr_to_stdout": True,
-        "additional_parameters": {"requeue" if slurm.requeue else "no-requeue": True},
+        # Sites set SBATCH_EXPORT=NONE: without PATH nothing would be found.
+        "additional_parameters": {"requeue" if slurm.requeue else "no-requeue": True, "export": "ALL"},
         "setup": [*(open_door(job_folder(recipe), code) if slurm.container else []), *slurm.setup],
         # srun does not take over the first from the job; the second, against a site's KillOnBadExit, leaves the task
         # of rank 0 the time to have the job queued again when the others have failed.
         "srun_args": [
             f"--cpus-per-task={cpus}",
             "--kill-on-bad-exit=0",
+            "--export=ALL",
             *container_options(slurm, recipe.run_path),
         ],
     }

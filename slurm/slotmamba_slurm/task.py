@@ -70,7 +70,7 @@ def main(folder: str) -> int:
         print(f"{place}: rendezvous at {place.rendezvous}", flush=True)
         if place.global_rank == 0:
             return _lead(place, job, child)
-        code = child.run(place.command(job), env=os.environ | place.variables(job))
+        code = child.run(place.command(job), env=place.environment(job))
         if not _goes_on(job, child.stop):
             _finish(place, code)
     except TrainingFailed as error:
@@ -92,7 +92,7 @@ def _lead(place: Place, job: TrainJob, child: Child) -> int:
     elsewhere = life.begin()
     if elsewhere is not None:
         return elsewhere
-    code = child.run(place.command(job), env=os.environ | place.variables(job))
+    code = child.run(place.command(job), env=place.environment(job))
     exit_code = life.end(code, child.stop)
     if exit_code == 0 and code == 0 and not _goes_on(job, child.stop):
         _finish(place, code)
