@@ -18,7 +18,7 @@ from slotmamba_slurm.interrupts import interrupts_held
 from slotmamba_slurm.job import TrainJob
 from slotmamba_slurm.jobs import note_job
 from slotmamba_slurm.local_sweep import run_local
-from slotmamba_slurm.resources import local_parameters
+from slotmamba_slurm.resources import check_path, local_parameters
 from slotmamba_slurm.slurm_job import SlurmError, SlurmJob
 from slotmamba_slurm.stop import cancel
 from slotmamba_slurm.submission import Submission, all_or_nothing, job_folder, write_recipe, write_submission
@@ -53,6 +53,8 @@ def submit_sweep(
         checked(_array_preview(sweep, cells))
     else:
         local_parameters(_shared(sweep))
+        for cell in cells:
+            check_path(cell.recipe)
     with interrupts_held() as stop_here:
         with all_or_nothing(sweep.recipe, *(cell.recipe for cell in cells)) as written:
             submission = write_submission(sweep.recipe, git, written)

@@ -142,3 +142,20 @@ def test_a_failure_leaves_the_files_of_others(tmp_path: Path) -> None:
         (other.folder.parent / "12_submitted.pkl").touch()
         raise InputError("sbatch has failed")
     assert sorted(path.name for path in other.folder.parent.iterdir()) == ["12_submitted.pkl", "submission-002"]
+
+
+@pytest.mark.parametrize("name", ["x%u", "x%j", "x\\y"])
+def test_paths_that_slurm_reads_otherwise(
+    name: str,
+    cluster: SlurmCluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for key, setting in (("name", f"name={name}"), ("run_dir", f"run_dir={tmp_path / name}")):
+        for where in ("slurm", "local"):
+            said = fails(capsys, ["submit", "mqar-tiny", *SMALL, setting, f"cluster={where}"], code=2)
+            assert said.startswith(f"{key}=") and said.endswith(" has a meaning for Slurm: set a run_dir without")
+    assert list(tmp_path.iterdir()) == []
+    assert_no_jobs(cluster)
