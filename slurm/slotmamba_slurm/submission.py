@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from slotmamba.config import Recipe, save_recipe
+from slotmamba.config.sweep_file import is_sweep
 from slotmamba.errors import InputError, SlotMambaError
+from slotmamba.runs.folder import is_run
 
 PACKAGES = ("slotmamba", "slotmamba_kernels", "slotmamba_data", "slotmamba_slurm")
 BESIDE = ("recipes", "constraints.txt")  # beside the package in a checkout, inside it when installed
@@ -45,6 +47,21 @@ class Submission:
 def job_folder(recipe: Recipe) -> Path:
     """Where the files of all jobs of a run are; absolute."""
     return (recipe.run_path / "slurm").absolute()
+
+
+def check_folder(recipe: Recipe) -> None:
+    """
+    Raises:
+        InputError: it is a run and its folder that of a sweep, or the other way round: `slotmamba runs` would not
+            show one of them.
+    """
+    folder = recipe.run_path
+    if recipe.sweep is None and is_sweep(folder):
+        raise InputError(
+            f"{folder} is the folder of a sweep, whose runs are below it: set another run_dir for this run"
+        )
+    if recipe.sweep is not None and is_run(folder):
+        raise InputError(f"{folder} is the folder of a run: set another run_dir for this sweep")
 
 
 def write_submission(recipe: Recipe, git: dict[str, Any] | None, written: list[Path]) -> Submission:

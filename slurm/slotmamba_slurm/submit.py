@@ -23,7 +23,7 @@ from slotmamba_slurm.jobs import note_job
 from slotmamba_slurm.resources import local_parameters, processes_per_node, slurm_parameters, task_python
 from slotmamba_slurm.slurm_job import SlurmError, SlurmJob
 from slotmamba_slurm.stop import cancel
-from slotmamba_slurm.submission import Submission, all_or_nothing, job_folder, write_submission
+from slotmamba_slurm.submission import Submission, all_or_nothing, check_folder, job_folder, write_submission
 
 CLUSTERS = ("slurm", "local", "debug")
 Train = Callable[[Path], int]
@@ -42,6 +42,7 @@ def submit(recipe: Recipe, cluster: str, train: Train, git: dict[str, Any] | Non
     Raises:
         InputError: the recipe does not fit its nodes, or the cluster refuses the job; nothing was submitted.
     """
+    check_folder(recipe)
     match cluster:
         case "slurm":
             return _submit_to_slurm(recipe, git)
@@ -58,6 +59,7 @@ def preview(recipe: Recipe, cluster: str, estimate: str) -> str:
     Raises:
         InputError: as `submit`.
     """
+    check_folder(recipe)
     parts = [recipe_yaml(recipe)]
     if cluster == "slurm":
         executor = slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN"))

@@ -21,7 +21,14 @@ from slotmamba_slurm.local_sweep import run_local
 from slotmamba_slurm.resources import check_path, local_parameters
 from slotmamba_slurm.slurm_job import SlurmError, SlurmJob
 from slotmamba_slurm.stop import cancel
-from slotmamba_slurm.submission import Submission, all_or_nothing, job_folder, write_recipe, write_submission
+from slotmamba_slurm.submission import (
+    Submission,
+    all_or_nothing,
+    check_folder,
+    job_folder,
+    write_recipe,
+    write_submission,
+)
 from slotmamba_slurm.submit import checked, count_of, slurm_executor, train_job
 
 Report = Callable[[Path], str]
@@ -44,6 +51,7 @@ def submit_sweep(
         InputError: the recipe does not fit its nodes, or the cluster refuses the array; nothing was submitted.
     """
     _check_cluster(cluster)
+    check_folder(sweep.recipe)
     cells = _left(sweep, left_out)
     if not cells:
         print(_summary(sweep, left_out))
@@ -80,6 +88,7 @@ def preview_sweep(sweep: Sweep, cluster: str, left_out: dict[str, list[Cell]], e
         InputError: as `submit_sweep`.
     """
     _check_cluster(cluster)
+    check_folder(sweep.recipe)
     cells = _left(sweep, left_out)
     parts = [recipe_yaml(sweep.recipe)]
     listed = "\n".join([_summary(sweep, left_out), *(f"  {cell.name}" for cell in cells)])
