@@ -50,8 +50,8 @@ class SingleEngine(Engine):
         return gradient_norm(self.model.parameters())
 
     def step(self, lr: float, norm: Tensor) -> None:
-        # What the rows do not use, such as surprise where they are one segment and nothing is handed over, has a gradient
-        # of zero, so that its optimizer state is there from the first step too.
+        # What the rows do not use, such as surprise where a row is one segment, has a gradient of zero, so that its
+        # optimizer state is there from the first step too.
         for parameter in self.model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -15,6 +15,7 @@ from submitit.slurm.slurm import SlurmJobEnvironment
 from slotmamba_slurm.job import TrainJob
 
 FIRST_PORT, PORTS = 20_000, 10_000
+OF_A_WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Place(JobEnvironment):
@@ -37,6 +38,11 @@ class Place(JobEnvironment):
     def command(self, job: TrainJob) -> list[str]:
         """What the task runs."""
         return [sys.executable, "-u", *job.training]
+
+    def environment(self, job: TrainJob) -> dict[str, str]:
+        """That of what it runs: that of the task, without what the shell that submitted said of a world of its own."""
+        stays = (name for name in os.environ if not (name in OF_A_WORLD or name.startswith("TORCHELASTIC_")))
+        return {name: os.environ[name] for name in stays} | self.variables(job)
 
     def variables(self, job: TrainJob) -> dict[str, str]:
         """What `slotmamba train` needs to know beside its recipe."""

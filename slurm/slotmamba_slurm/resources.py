@@ -15,6 +15,8 @@ from slotmamba.errors import InputError
 from slotmamba_slurm.containers import PYTHON, container_options, open_door
 from slotmamba_slurm.submission import job_folder
 
+SPECIAL = {"%": "%", "\\": "a backslash", "\n": "a line break"}  # in the paths that Slurm and submitit are told
+
 
 def processes_per_node(parallel: ParallelConfig, slurm: SlurmConfig) -> int:
     """Processes on each node of a job.
@@ -45,8 +47,9 @@ def slurm_parameters(recipe: Recipe, code: Path) -> dict[str, Any]:
         code: the folder of the packages that it runs.
 
     Raises:
-        InputError: as `processes_per_node`, or the job would be told to save before it starts.
+        InputError: as `processes_per_node` and `check_path`, or the job would be told to save before it starts.
     """
+    check_path(recipe)
     slurm = recipe.slurm
     minutes = None if slurm.time is None else -(-seconds(slurm.time) // 60)
     if minutes is not None and seconds(slurm.signal_lead) >= minutes * 60:
@@ -68,19 +71,36 @@ def slurm_parameters(recipe: Recipe, code: Path) -> dict[str, Any]:
         "signal_delay_s": seconds(slurm.signal_lead),
         "wckey": None,
         "stderr_to_stdout": True,
-        "additional_parameters": {"requeue" if slurm.requeue else "no-requeue": True},
+        # Sites set SBATCH_EXPORT=NONE: without PATH nothing would be found.
+        "additional_parameters": {"requeue" if slurm.requeue else "no-requeue": True, "export": "ALL"},
         "setup": [*(open_door(job_folder(recipe), code) if slurm.container else []), *slurm.setup],
         # srun does not take over the first from the job; the second, against a site's KillOnBadExit, leaves the task
         # of rank 0 the time to have the job queued again when the others have failed.
         "srun_args": [
             f"--cpus-per-task={cpus}",
             "--kill-on-bad-exit=0",
+            "--export=ALL",
             *container_options(slurm, recipe.run_path),
         ],
     }
     # Of these submitit has defaults of its own: five minutes, and a key that a cluster may not know.
     unset = ("time", "wckey")
     return {name: value for name, value in parameters.items() if value is not None or name in unset}
+
+
+def check_path(recipe: Recipe) -> None:
+    """
+    Raises:
+        InputError: the job's output would go to another folder than that of the run.
+    """
+    folder = str(job_folder(recipe))
+    for character, words in SPECIAL.items():
+        if character in folder:
+            key, value = ("name", recipe.name) if recipe.run_dir == Path() else ("run_dir", str(recipe.run_dir))
+            raise InputError(
+                f"{key}={value!r}: jobs write to {folder!r}, and {words} in a path has a meaning for Slurm: "
+                "set a run_dir without"
+            )
 
 
 def task_python(slurm: SlurmConfig) -> str:
@@ -92,8 +112,9 @@ def local_parameters(recipe: Recipe) -> dict[str, Any]:
     """The same for its LocalExecutor, which has this machine only.
 
     Raises:
-        InputError: the recipe asks for several nodes.
+        InputError: as `processes_per_node` and `check_path`, or the recipe asks for several nodes.
     """
+    check_path(recipe)
     slurm = recipe.slurm
     if slurm.nodes > 1:
         raise InputError(f"slurm.nodes={slurm.nodes}: cluster=local is this machine alone: set slurm.nodes=1")

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from slotmamba.config import Recipe, save_recipe
+from slotmamba.config.sweep_file import is_sweep
 from slotmamba.errors import InputError, SlotMambaError
+from slotmamba.runs.folder import is_run
 
 PACKAGES = ("slotmamba", "slotmamba_kernels", "slotmamba_data", "slotmamba_slurm")
 BESIDE = ("recipes", "constraints.txt")  # beside the package in a checkout, inside it when installed
@@ -47,9 +49,30 @@ def job_folder(recipe: Recipe) -> Path:
     return (recipe.run_path / "slurm").absolute()
 
 
-def write_submission(recipe: Recipe, git: dict[str, Any] | None) -> Submission:
-    """Writes a new submission of `recipe`; `git`: which commit the code is, to be kept with the copy."""
-    submission = write_recipe(recipe)
+def check_folder(recipe: Recipe) -> None:
+    """
+    Raises:
+        InputError: it is a run and its folder that of a sweep, or the other way round: `slotmamba runs` would not
+            show one of them.
+    """
+    folder = recipe.run_path
+    if recipe.sweep is None and is_sweep(folder):
+        raise InputError(
+            f"{folder} is the folder of a sweep, whose runs are below it: set another run_dir for this run"
+        )
+    if recipe.sweep is not None and is_run(folder):
+        raise InputError(f"{folder} is the folder of a run: set another run_dir for this sweep")
+
+
+def write_submission(recipe: Recipe, git: dict[str, Any] | None, written: list[Path]) -> Submission:
+    """Writes a new submission.
+
+    Args:
+        recipe: what is to run.
+        git: which commit the code is, to be kept with the copy.
+        written: to which the folder is added.
+    """
+    submission = write_recipe(recipe, written)
     for package in PACKAGES:
         _copy_package(package, submission.code / package)
     if git is not None:
@@ -57,46 +80,40 @@ def write_submission(recipe: Recipe, git: dict[str, Any] | None) -> Submission:
     return submission
 
 
-def write_recipe(recipe: Recipe) -> Submission:
+def write_recipe(recipe: Recipe, written: list[Path]) -> Submission:
     """Writes a new submission without code: the cells of a sweep all run that of the sweep."""
-    jobs = job_folder(recipe)
-    jobs.mkdir(parents=True, exist_ok=True)
-    submission = Submission(_new_folder(jobs))
+    submission = Submission(_new_folder(job_folder(recipe)))
+    written.append(submission.folder)
     save_recipe(recipe, submission.recipe)
     return submission
 
 
 @contextmanager
-def all_or_nothing(recipe: Recipe) -> Iterator[None]:
-    """Takes away what a submission inside has written for its job, when it fails.
+def all_or_nothing(*recipes: Recipe) -> Iterator[list[Path]]:
+    """Yields a list of files and folders, which are taken away when what is inside fails: a submission adds what it
+    writes, and nothing that is another's.
 
     Raises:
         InputError: the job folder may not be written.
         SlotMambaError: it cannot be, as on a full disk.
     """
-    jobs = job_folder(recipe)
-    new = [folder for folder in (jobs, *jobs.parents) if not os.path.exists(folder)]
-    before = _written(jobs)
+    jobs = [job_folder(recipe) for recipe in recipes]
+    folders = {folder for each in jobs for folder in (each, *each.parents)}
+    new = [folder for folder in folders if not os.path.exists(folder)]
+    new.sort(key=lambda folder: -len(folder.parts))  # those that are in others come first
+    written: list[Path] = []
     try:
-        yield
+        yield written
     except BaseException as error:
-        for path in _written(jobs) - before:
+        for path in written:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         for folder in new:
             with suppress(OSError):  # it was not made, or others have put something there
                 folder.rmdir()
         if isinstance(error, OSError):
             refused = InputError if isinstance(error, PermissionError) else SlotMambaError
-            raise refused(f"{jobs}: {error.strerror}: nothing is submitted") from None
+            raise refused(f"{jobs[0]}: {error.strerror}: nothing is submitted") from None
         raise
-
-
-def _written(jobs: Path) -> set[Path]:
-    """What a submission writes itself; its job writes too, under other names."""
-    if not os.path.isdir(jobs):  # also where it may not be looked at, of which pathlib makes an error
-        return set()
-    patterns = ("submission-*", ".submission_file_*", "*_submission.sh", "*.pkl")
-    return {path for pattern in patterns for path in jobs.glob(pattern)}
 
 
 def _new_folder(jobs: Path) -> Path:
@@ -104,7 +121,7 @@ def _new_folder(jobs: Path) -> Path:
     while True:
         folder = jobs / f"submission-{number:03d}"
         try:
-            folder.mkdir()
+            folder.mkdir(parents=True)  # another submission that fails may take those above away again
             return folder
         except FileExistsError:
             number += 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from submitit import DebugExecutor, Job
-from submitit.core.utils import FailedJobError
 
 from slotmamba.config import Recipe, recipe_yaml
 from slotmamba.config.duration import seconds
 from slotmamba.errors import InputError, one_line
 from slotmamba_slurm.executors import LocalTasks, SlurmTasks
+from slotmamba_slurm.interrupts import interrupts_held
 from slotmamba_slurm.job import TrainJob
 from slotmamba_slurm.jobs import note_job
 from slotmamba_slurm.resources import local_parameters, processes_per_node, slurm_parameters, task_python
 from slotmamba_slurm.run_jobs import check_none_under_way
 from slotmamba_slurm.slurm_job import SlurmError, SlurmJob
-from slotmamba_slurm.submission import Submission, all_or_nothing, job_folder, write_submission
+from slotmamba_slurm.stop import cancel
+from slotmamba_slurm.submission import Submission, all_or_nothing, check_folder, job_folder, write_submission
 
 CLUSTERS = ("slurm", "local", "debug")
 Train = Callable[[Path], int]
@@ -44,6 +44,7 @@ def submit(recipe: Recipe, cluster: str, train: Train, git: dict[str, Any] | Non
         InputError: the recipe does not fit its nodes, a job of the run is under way, or the cluster refuses the job;
             nothing was submitted.
     """
+    check_folder(recipe)
     match cluster:
         case "slurm":
             return _submit_to_slurm(recipe, git)
@@ -60,10 +61,11 @@ def preview(recipe: Recipe, cluster: str, estimate: str) -> str:
     Raises:
         InputError: as `submit`.
     """
+    check_folder(recipe)
     parts = [recipe_yaml(recipe)]
     if cluster == "slurm":
         executor = slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN"))
-        parts += [executor.script(), estimate, checked(executor.script())]
+        parts += [executor.script(), estimate, checked(executor)]
     else:
         count = 1 if cluster == "debug" else local_parameters(recipe)["tasks_per_node"]
         if cluster == "debug":
@@ -72,7 +74,7 @@ def preview(recipe: Recipe, cluster: str, estimate: str) -> str:
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
-def checked(script: str) -> str:
+def checked(executor: SlurmTasks) -> str:
     """What `sbatch --test-only` says to a batch script that it accepts.
 
     Raises:
@@ -81,12 +83,12 @@ def checked(script: str) -> str:
     if shutil.which("sbatch") is None:
         raise InputError("there is no sbatch on PATH: submit from a node of the cluster, or set cluster=local")
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-        file.write(script)
+        file.write(executor.script())
         file.flush()
-        done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        raise InputError(f"the cluster refuses the job: {_in_words(done.stderr)}")
-    return _in_words(done.stderr)
+        try:
+            return _in_words(executor.sbatch("--test-only", file.name, timeout=120).stderr)
+        except SlurmError as error:
+            raise InputError(f"the cluster refuses the job: {_in_words(str(error))}") from None
 
 
 def _in_words(said: str) -> str:
@@ -94,10 +96,10 @@ def _in_words(said: str) -> str:
     return one_line(said.replace("sbatch: ", "").replace("error: ", "")).removeprefix("allocation failure: ")
 
 
-def slurm_executor(recipe: Recipe, submission: Submission) -> SlurmTasks:
+def slurm_executor(recipe: Recipe, submission: Submission, written: list[Path] | None = None) -> SlurmTasks:
     if shutil.which("srun") is None:
         raise InputError("there is no srun on PATH: submit from a node of the cluster, or set cluster=local")
-    executor = SlurmTasks(job_folder(recipe), python=task_python(recipe.slurm))
+    executor = SlurmTasks(job_folder(recipe), written, python=task_python(recipe.slurm))
     executor.code = submission.code
     executor.update_parameters(**slurm_parameters(recipe, submission.code))
     return executor
@@ -105,19 +107,27 @@ def slurm_executor(recipe: Recipe, submission: Submission) -> SlurmTasks:
 
 def _submit_to_slurm(recipe: Recipe, git: dict[str, Any] | None) -> int:
     check_none_under_way(recipe.run_path)
-    checked(slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN")).script())
-    with all_or_nothing(recipe):
-        first, *others = _submit_chain(recipe, write_submission(recipe, git))
+    checked(slurm_executor(recipe, Submission(job_folder(recipe) / "submission-NNN")))
+    with interrupts_held() as stop_here:
+        with all_or_nothing(recipe) as written:
+            jobs = _submit_chain(recipe, write_submission(recipe, git, written), written, stop_here)
+        _say_submitted(recipe, jobs)
+    return 0
+
+
+def _say_submitted(recipe: Recipe, jobs: list[Job[None]]) -> None:
+    first, *others = jobs
     nodes, size = recipe.slurm.nodes, recipe.parallel.size
     print(f"{recipe.name}: job {first.job_id} on {count_of(nodes, 'node')}: {count_of(size, 'process', 'es')}")
     if others:
         print(f"  goes on as  {', '.join(job.job_id for job in others)}, each when the one before has ended")
     print(f"  run folder  {recipe.run_path}")
-    print(f"  output      {first.paths.stdout}")
-    return 0
+    print(f"  output      {first.paths.stdout}", flush=True)
 
 
-def _submit_chain(recipe: Recipe, submission: Submission) -> list[Job[None]]:
+def _submit_chain(
+    recipe: Recipe, submission: Submission, written: list[Path], stop_here: Callable[[], None]
+) -> list[Job[None]]:
     """The jobs of `slurm.chain`: all or none of them.
 
     The first one is held until all are there, for it cancels the others when it fails or finishes.
@@ -125,29 +135,30 @@ def _submit_chain(recipe: Recipe, submission: Submission) -> list[Job[None]]:
     jobs: list[Job[None]] = []
     try:
         for number in range(recipe.slurm.chain):
-            executor = slurm_executor(recipe, submission)
+            stop_here()
+            executor = slurm_executor(recipe, submission, written)
             if recipe.slurm.chain > 1:
                 place = {"dependency": f"afterany:{jobs[-1].job_id}"} if number else {"hold": True}
                 executor.parameters["additional_parameters"] |= place
             jobs.append(executor.submit(train_job(recipe, submission)))
+        stop_here()
         for job in jobs:
             note_job(submission.run_dir, job.job_id, "slurm", submission.folder.name)
         if len(jobs) > 1:
             SlurmJob(jobs[0].job_id).release()
-    except (FailedJobError, SlurmError, OSError) as error:
-        for job in jobs:
-            job.cancel()
-        if isinstance(error, OSError):
-            raise
-        raise InputError(f"sbatch has failed: {_in_words(str(error))}") from None
+    except BaseException as error:
+        cancel([job.job_id for job in jobs])
+        if isinstance(error, SlurmError):
+            raise InputError(f"sbatch has failed: {_in_words(str(error))}") from None
+        raise
     return jobs
 
 
 def _run_local(recipe: Recipe, git: dict[str, Any] | None) -> int:
     parameters = local_parameters(recipe)
-    with all_or_nothing(recipe):
-        submission = write_submission(recipe, git)
-        executor = LocalTasks(job_folder(recipe))
+    with all_or_nothing(recipe) as written:
+        submission = write_submission(recipe, git, written)
+        executor = LocalTasks(job_folder(recipe), written)
         executor.code = submission.code
         executor.update_parameters(**parameters)
         with sigint_ignored():
@@ -174,7 +185,8 @@ def said(job: Job[None]) -> list[str]:
 
 def _run_debug(recipe: Recipe, train: Train, git: dict[str, Any] | None) -> int:
     _check_debug(recipe)
-    submission = write_submission(recipe, git)
+    with all_or_nothing(recipe) as written:
+        submission = write_submission(recipe, git, written)
     return int(DebugExecutor(job_folder(recipe)).submit(train, submission.recipe).result())
 
 

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from submitit import Job
-from submitit.core.utils import FailedJobError
 
 from slotmamba.config import Recipe, recipe_yaml
 from slotmamba.config.cells import Cell, Sweep
 from slotmamba.config.sweep_file import record_sweep
 from slotmamba.errors import InputError, one_line
 from slotmamba_slurm.executors import SlurmTasks
+from slotmamba_slurm.interrupts import interrupts_held
 from slotmamba_slurm.job import TrainJob
 from slotmamba_slurm.jobs import note_job
 from slotmamba_slurm.local_sweep import run_local
-from slotmamba_slurm.resources import local_parameters
+from slotmamba_slurm.resources import check_path, local_parameters
 from slotmamba_slurm.slurm_job import SlurmError, SlurmJob
 from slotmamba_slurm.stop import cancel
-from slotmamba_slurm.submission import Submission, all_or_nothing, job_folder, write_recipe, write_submission
+from slotmamba_slurm.submission import (
+    Submission,
+    all_or_nothing,
+    check_folder,
+    job_folder,
+    write_recipe,
+    write_submission,
+)
 from slotmamba_slurm.submit import checked, count_of, slurm_executor, train_job
 
 Report = Callable[[Path], str]
@@ -45,27 +51,30 @@ def submit_sweep(
         InputError: the recipe does not fit its nodes, or the cluster refuses the array; nothing was submitted.
     """
     _check_cluster(cluster)
+    check_folder(sweep.recipe)
     cells = _left(sweep, left_out)
     if not cells:
         print(_summary(sweep, left_out))
         print(report(sweep.recipe.run_path), end="")
         return 0
     if cluster == "slurm":
-        checked(_array_script(sweep, cells))
+        checked(_array_preview(sweep, cells))
     else:
         local_parameters(_shared(sweep))
-    with ExitStack() as kept:
-        for recipe in (sweep.recipe, *(cell.recipe for cell in cells)):
-            kept.enter_context(all_or_nothing(recipe))
-        submission = write_submission(sweep.recipe, git)
-        jobs = [_cell_job(sweep, cell) for cell in cells]
+        for cell in cells:
+            check_path(cell.recipe)
+    with interrupts_held() as stop_here:
+        with all_or_nothing(sweep.recipe, *(cell.recipe for cell in cells)) as written:
+            submission = write_submission(sweep.recipe, git, written)
+            jobs = [_cell_job(sweep, cell, written) for cell in cells]
+            if cluster == "slurm":
+                arrays = _submit_arrays(sweep, jobs, submission, written, stop_here)
+            else:
+                stop_here()
+                record_sweep(sweep)
         if cluster == "slurm":
-            arrays = _submit_arrays(sweep, jobs, submission)
-        else:
-            record_sweep(sweep)
-    if cluster == "slurm":
-        _say_submitted(sweep, left_out, arrays)
-        return 0
+            _say_submitted(sweep, left_out, arrays)
+            return 0
     print(_summary(sweep, left_out), flush=True)
     ended_well = run_local(_shared(sweep), list(zip(cells, jobs, strict=True)), submission.code)
     print(report(sweep.recipe.run_path), end="")
@@ -79,6 +88,7 @@ def preview_sweep(sweep: Sweep, cluster: str, left_out: dict[str, list[Cell]], e
         InputError: as `submit_sweep`.
     """
     _check_cluster(cluster)
+    check_folder(sweep.recipe)
     cells = _left(sweep, left_out)
     parts = [recipe_yaml(sweep.recipe)]
     listed = "\n".join([_summary(sweep, left_out), *(f"  {cell.name}" for cell in cells)])
@@ -87,8 +97,8 @@ def preview_sweep(sweep: Sweep, cluster: str, left_out: dict[str, list[Cell]], e
         at_a_time = sweep.recipe.slurm.array_parallelism or 1
         parts += [estimate, listed, f"cluster=local: {at_a_time} at a time on this machine, {processes} each"]
     elif cells:
-        script = _array_script(sweep, cells)
-        parts += [script, estimate, listed, checked(script)]
+        executor = _array_preview(sweep, cells)
+        parts += [executor.script(), estimate, listed, checked(executor)]
     else:
         parts += [estimate, listed]
     return "\n".join(part.strip("\n") + "\n" for part in parts)
@@ -115,25 +125,27 @@ def _shared(sweep: Sweep) -> Recipe:
     return sweep.cells[0].recipe.model_copy(update={"name": sweep.recipe.name, "run_dir": sweep.recipe.run_path})
 
 
-def _cell_job(sweep: Sweep, cell: Cell) -> TrainJob:
+def _cell_job(sweep: Sweep, cell: Cell, written: list[Path]) -> TrainJob:
     """What is submitted for a cell lies in its own folder, as for any run, but for the code."""
-    return train_job(cell.recipe, write_recipe(cell.recipe), sweep.recipe.run_path.absolute())
+    return train_job(cell.recipe, write_recipe(cell.recipe, written), sweep.recipe.run_path.absolute())
 
 
-def _array_executor(sweep: Sweep, count: int, submission: Submission) -> SlurmTasks:
-    executor = slurm_executor(_shared(sweep), submission)
+def _array_executor(sweep: Sweep, count: int, submission: Submission, written: list[Path] | None = None) -> SlurmTasks:
+    executor = slurm_executor(_shared(sweep), submission, written)
     executor.update_parameters(array_parallelism=sweep.recipe.slurm.array_parallelism or count)
     return executor
 
 
-def _array_script(sweep: Sweep, cells: list[Cell]) -> str:
+def _array_preview(sweep: Sweep, cells: list[Cell]) -> SlurmTasks:
     executor = _array_executor(sweep, len(cells), Submission(job_folder(sweep.recipe) / "submission-NNN"))
     if len(cells) > 1:
-        executor.parameters["map_count"] = len(cells)  # as submitit itself does for an array
-    return executor.script()
+        executor.parameters["map_count"] = len(cells)  # as for an array
+    return executor
 
 
-def _submit_arrays(sweep: Sweep, jobs: list[TrainJob], submission: Submission) -> list[list[Job[None]]]:
+def _submit_arrays(
+    sweep: Sweep, jobs: list[TrainJob], submission: Submission, written: list[Path], stop_here: Callable[[], None]
+) -> list[list[Job[None]]]:
     """The arrays of `slurm.chain`, one as a rule: all or none of them. Each goes on with the cells that the one before
     has left unfinished.
 
@@ -143,21 +155,23 @@ def _submit_arrays(sweep: Sweep, jobs: list[TrainJob], submission: Submission) -
     arrays: list[list[Job[None]]] = []
     try:
         for number in range(chain):
-            executor = _array_executor(sweep, len(jobs), submission)
+            stop_here()
+            executor = _array_executor(sweep, len(jobs), submission, written)
             if chain > 1:
                 waits = {"dependency": f"afterany:{_number(arrays[-1])}"} if number else {"hold": True}
                 executor.parameters["additional_parameters"] |= waits
             arrays.append(executor.submit_array(jobs))
+        stop_here()
         for array in arrays:
             for train, job in zip(jobs, array, strict=True):
-                _link_files(job, train.run_dir / "slurm")
+                _link_files(job, train.run_dir / "slurm", written)
                 note_job(train.run_dir, job.job_id, "slurm", train.submission)
         record_sweep(sweep)
         if chain > 1:
             SlurmJob(_number(arrays[0])).release()
     except BaseException as error:
         cancel([_number(array) for array in arrays])
-        if isinstance(error, FailedJobError | SlurmError):
+        if isinstance(error, SlurmError):
             raise InputError(f"sbatch has failed: {one_line(error)}") from None
         raise
     return arrays
@@ -167,13 +181,15 @@ def _number(array: list[Job[None]]) -> str:
     return array[0].job_id.partition("_")[0]
 
 
-def _link_files(job: Job[None], folder: Path) -> None:
+def _link_files(job: Job[None], folder: Path, written: list[Path]) -> None:
     """Puts links to the files of a cell's job where those of any run are: submitit has one folder for an array."""
     files = {f"{job.job_id}_submission.sh": job.paths.submission_file}
     for paths in (job.task(rank).paths for rank in range(job.num_tasks)):
+        written.append(paths.stdout)
         paths.stdout.touch()  # a job that waits has no output yet, and one that runs adds to it
         files |= {path.name: path for path in (paths.stdout, paths.result_pickle)}
     for name, path in files.items():
+        written.append(folder / name)
         (folder / name).symlink_to(os.path.relpath(path, folder))
 
 

@@ -110,7 +110,7 @@ def _lead(place: Place, job: TrainJob, child: Child) -> int:
 def _train(place: Place, job: TrainJob, child: Child) -> int:
     # torchrun hands SIGTERM on to the processes that it has started, which it would leave behind if it were killed.
     last = signal.SIGTERM if job.torchrun else signal.SIGKILL
-    return child.run(place.command(job), os.environ | place.variables(job), last)
+    return child.run(place.command(job), place.environment(job), last)
 
 
 def _end_with(task: int, last: signal.Signals) -> None:

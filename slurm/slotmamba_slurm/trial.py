@@ -68,6 +68,7 @@ def _srun(slurm: SlurmConfig, partition: str, nodes: int, file: Path) -> subproc
         "gpus-per-node": f"{slurm.gpu}:1" if slurm.gpu else 1 if slurm.gpus_per_node else None,
         "time": -(-SECONDS // 60),
         "immediate": QUEUE_SECONDS,
+        "export": "ALL",
     }
     given = [f"--{key}={value}" for key, value in options.items() if value is not None]
     given += container_options(slurm, file.parent)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,9 +14,10 @@ import pytest
 
 from slotmamba.cli import main
 from slotmamba.config import load_recipe
+from slotmamba.errors import InputError
 from slotmamba_slurm.cluster import SlurmCluster
-from slotmamba_slurm.submission import write_submission
-from tests.slurm.jobs import SMALL, arguments
+from slotmamba_slurm.submission import all_or_nothing, write_recipe, write_submission
+from tests.slurm.jobs import SMALL, arguments, cli, ended_with_the_test, until
 from tests.train.runs import fails
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.slow]
@@ -91,7 +94,7 @@ def test_a_full_disk(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.Captu
     submitted: whatever cannot be written, before sbatch or after it."""
     disk, trial = tmp_path / "disk", tmp_path / "trial"
     disk.mkdir()
-    write_submission(load_recipe("mqar-tiny", [f"run_dir={trial}"]), git={})
+    write_submission(load_recipe("mqar-tiny", [f"run_dir={trial}"]), git={}, written=[])
     files = sum(1 for _ in trial.rglob("*"))
     refusals = 0
     for inodes in range(files - 2, files + 20):
@@ -116,3 +119,43 @@ def test_a_full_spool(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.Capt
         said = fails(capsys, ["submit", *arguments(tmp_path / "run")], code=2)
     assert said == ("sbatch has failed: Batch job submission failed: I/O error writing script/environment to file")
     assert_nothing_left(cluster, tmp_path / "run")
+
+
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_interrupted(after: int, cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Ctrl-C when some jobs of a chain are in the queue: none of them stays there, nor any file."""
+    run_dir = tmp_path / "run"
+    process = cli("submit", *arguments(run_dir, "slurm.requeue=false", "slurm.chain=60"))
+    with ended_with_the_test(process):
+        until(lambda: len(list(run_dir.glob("slurm/*_submitted.pkl" if after else "slurm/submission-*"))) >= after + 1)
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert_nothing_left(cluster, run_dir)
+
+
+def test_a_failure_leaves_the_files_of_others(tmp_path: Path) -> None:
+    recipe = load_recipe("mqar-tiny", [f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(InputError), all_or_nothing(recipe) as written:
+        write_recipe(recipe, written)
+        other = write_recipe(recipe, [])
+        (other.folder.parent / "12_submitted.pkl").touch()
+        raise InputError("sbatch has failed")
+    assert sorted(path.name for path in other.folder.parent.iterdir()) == ["12_submitted.pkl", "submission-002"]
+
+
+@pytest.mark.parametrize("name", ["x%u", "x%j", "x\\y"])
+def test_paths_that_slurm_reads_otherwise(
+    name: str,
+    cluster: SlurmCluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for key, setting in (("name", f"name={name}"), ("run_dir", f"run_dir={tmp_path / name}")):
+        for where in ("slurm", "local"):
+            said = fails(capsys, ["submit", "mqar-tiny", *SMALL, setting, f"cluster={where}"], code=2)
+            assert said.startswith(f"{key}=") and said.endswith(" has a meaning for Slurm: set a run_dir without")
+    assert list(tmp_path.iterdir()) == []
+    assert_no_jobs(cluster)

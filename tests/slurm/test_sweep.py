@@ -181,3 +181,16 @@ def test_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"  {NAMES[0]}: stopped (1 of 4)\nstopped: 3 cells are not started\n" in out
     assert "mqar-tiny: 1 stopped, 3 submitted\n" in out
     assert len(committed(tmp_path / NAMES[0])) == 1
+
+
+def test_folders_of_others(local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run and a sweep in one folder would hide each other."""
+    run = ["submit", "mqar-tiny", *SMALL, "train.steps=2"]
+    assert main([*run, f"run_dir={tmp_path}", "cluster=debug"]) == 0
+    capsys.readouterr()
+    sweep = f"{local} is the folder of a sweep, whose runs are below it: set another run_dir for this run"
+    for cluster in ("local", "debug"):
+        for dry_run in ([], ["--dry-run"]):
+            assert fails(capsys, [*run, f"run_dir={local}", f"cluster={cluster}", *dry_run], code=2) == sweep
+    said = fails(capsys, ["submit", *arguments(tmp_path, "cluster=local")], code=2)
+    assert said == f"{tmp_path} is the folder of a run: set another run_dir for this sweep"
