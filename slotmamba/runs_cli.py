@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from slotmamba.errors import InputError, suggestion
+from slotmamba.errors import InputError, one_line, suggestion
 from slotmamba.outcome import DONE, INTERRUPTED
 
 if TYPE_CHECKING:
     from slotmamba.runs.status import Status
+
+T = TypeVar("T")
 
 
 def add_runs_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -103,17 +105,23 @@ def _statuses(folder: str | None) -> list[Status]:
     if folder is not None and not top.is_dir():
         raise InputError(f"{folder} is not a folder")
     found = find_runs(top, lambda error: _note(_said(error))) if top.is_dir() else ()
-    runs = [open_run(path, LAST_BYTES) for path in found]
-    jobs = last_jobs(runs)
+    names = [(str(path.relative_to(top)) if path != top else path.resolve().name, path) for path in found]
+    runs = [(name, run) for name, path in names if (run := _sound(name, partial(open_run, path, LAST_BYTES)))]
+    jobs = last_jobs([run for _, run in runs])
     _note_all(jobs.problems)
-    statuses = []
-    for run in runs:
-        name = str(run.path.relative_to(top)) if run.path != top else run.path.resolve().name
-        try:
-            statuses.append(status(name, run, jobs.jobs.get(run.path)))
-        except OSError as error:
-            _note(f"{name}: {_said(error)}")
-    return statuses
+    found_out = [_sound(name, partial(status, name, run, jobs.jobs.get(run.path))) for name, run in runs]
+    return [each for each in found_out if each is not None]
+
+
+def _sound(name: str, look: Callable[[], T]) -> T | None:
+    """What `look` finds in the folder of a run; None, and a note, where that is damaged: the other runs are listed."""
+    try:
+        return look()
+    except OSError as error:
+        _note(f"{name}: {_said(error)}")
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:  # a sound line that has unsound values
+        _note(f"{name}: a file of it is damaged, and the run left out: {one_line(error)}")
+    return None
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -235,8 +243,8 @@ def _note_broken(statuses: Sequence[Status]) -> None:
         _note(f"{name}: {count} lines of metrics.jsonl are damaged and left out")
 
 
-def _said(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}"
+def _said(error: Exception) -> str:
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def _note(line: str) -> None:

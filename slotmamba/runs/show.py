@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -69,13 +68,8 @@ def _validation(folder: RunFolder) -> str:
     return ", ".join(parts)
 
 
-def _environment(folder: RunFolder) -> dict[str, Any]:
-    path = folder.path / "environment.json"
-    return json.loads(path.read_bytes()) if path.exists() else {}
-
-
 def _code(folder: RunFolder) -> str:
-    environment = _environment(folder)
+    environment = folder.environment
     if not environment:
         return ""
     git = environment.get("git")
@@ -84,7 +78,7 @@ def _code(folder: RunFolder) -> str:
 
 
 def _hardware(folder: RunFolder) -> str:
-    environment = _environment(folder)
+    environment = folder.environment
     if not environment:
         return ""
     gpus = [gpu["name"] for gpu in environment.get("gpus", [])]
