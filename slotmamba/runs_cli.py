@@ -207,14 +207,13 @@ def _is_over(path: Path, noted: set[str]) -> bool:
 def _stop(args: argparse.Namespace) -> int:
     from slotmamba.config.sweep_file import is_sweep
     from slotmamba.runs.folder import cells, find_run
-    from slotmamba.runs_stop import keep_from_starting, stop_runs
+    from slotmamba.runs_stop import stop_runs
 
     path = find_run(args.run)
-    if is_sweep(path):
-        keep_from_starting(cells(path))
-    runs = {cell.name: cell for cell in cells(path)} if is_sweep(path) else {args.run: path}
+    sweep = is_sweep(path)
+    runs = {cell.name: cell for cell in cells(path)} if sweep else {args.run: path}
     try:
-        stop_runs(runs, args.now)
+        stop_runs(runs, args.now, sweep)
     except KeyboardInterrupt:
         _note("not waiting any longer: what was told to stop still saves and ends")
         return INTERRUPTED
