@@ -23,29 +23,37 @@ def add_runs_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add `runs` and its four commands; without one of them it lists."""
     summary = "list runs, look at one, read its logs, stop it"
     runs = subparsers.add_parser("runs", help=summary, description=f"{summary.capitalize()}.")
+    _add_list_options(runs, state=[], sort=None, json=False)
     commands = runs.add_subparsers(dest="runs_command", metavar="COMMAND")
     _add_list(commands)
     _add_show(commands)
     _add_logs(commands)
     _add_stop(commands)
-    runs.set_defaults(handler=_list, folder=None, sort=None, state=[], json=False)
+    runs.set_defaults(handler=_list, folder=None)
 
 
 def _add_list(commands: argparse._SubParsersAction[Any]) -> None:
     summary = "all runs below a folder, a line each"
     parser = commands.add_parser("list", help=summary, description=f"{summary.capitalize()}.")
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="default: runs/")
-    parser.add_argument("--state", action="append", default=[], help="only runs in this state; may be repeated")
-    parser.add_argument("--sort", metavar="KEY", help="a key of the JSON output; default: name")
-    parser.add_argument("--json", action="store_true", help="an array of objects, for scripts")
+    _add_list_options(parser, *[argparse.SUPPRESS] * 3)  # or else they would undo what stands before `list`
     parser.set_defaults(handler=_list)
+
+
+def _add_list_options(
+    parser: argparse.ArgumentParser, state: list[str] | str, sort: str | None, json: bool | str
+) -> None:
+    """With these defaults."""
+    parser.add_argument("--state", action="append", default=state, help="only runs in this state; may be repeated")
+    parser.add_argument("--sort", metavar="KEY", default=sort, help="a key of the JSON output; default: name")
+    parser.add_argument("--json", action="store_true", default=json, help="an array of objects, for scripts")
 
 
 def _add_show(commands: argparse._SubParsersAction[Any]) -> None:
     summary = "one run in full, with its curves; also writes them as PNG files into the run folder"
     parser = commands.add_parser("show", help=summary, description=f"{summary.capitalize()}.")
     _add_run(parser)
-    parser.set_defaults(handler=_show)
+    parser.set_defaults(handler=partial(_one, _show))
 
 
 def _add_logs(commands: argparse._SubParsersAction[Any]) -> None:
@@ -55,7 +63,7 @@ def _add_logs(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--rank", type=int, metavar="N", help="of this rank only")
     parser.add_argument("--follow", action="store_true", help="go on with new lines until the run has ended, or Ctrl-C")
     parser.add_argument("--lines", type=int, metavar="N", help="only the last N lines, and new ones")
-    parser.set_defaults(handler=_logs)
+    parser.set_defaults(handler=partial(_one, _logs))
 
 
 def _add_stop(commands: argparse._SubParsersAction[Any]) -> None:
@@ -63,7 +71,7 @@ def _add_stop(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser("stop", help=summary, description=f"{summary.capitalize()}.")
     _add_run(parser)
     parser.add_argument("--now", action="store_true", help="cancel it, without a checkpoint and without waiting")
-    parser.set_defaults(handler=_stop)
+    parser.set_defaults(handler=partial(_one, _stop))
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +96,13 @@ def _list(args: argparse.Namespace) -> int:
         print("no runs")
     _note_broken(statuses)
     return DONE
+
+
+def _one(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Runs a command that does not list."""
+    if args.state or args.sort or args.json:
+        raise InputError(f"--state, --sort and --json are options of `runs list`, not of `runs {args.runs_command}`")
+    return command(args)
 
 
 def _check(value: str, valid: Sequence[str], option: str) -> None:
@@ -176,6 +191,8 @@ def _logs(args: argparse.Namespace) -> int:
     from slotmamba.runs.logs import RunLogs, follow, shown
 
     path = _one_run(args.run)
+    if args.rank is not None:
+        _check_rank(args.run, path, args.rank)
     if args.lines is not None and args.lines < 0:
         raise InputError(f"--lines {args.lines}: expected a number of lines")
     logs = RunLogs(path, args.rank)
@@ -188,6 +205,16 @@ def _logs(args: argparse.Namespace) -> int:
     elif not so_far:
         _note(f"{args.run}: nothing is logged{'' if args.rank is None else f' by rank {args.rank}'}")
     return DONE
+
+
+def _check_rank(name: str, path: Path, rank: int) -> None:
+    from slotmamba.runs_jobs import open_run
+
+    run = open_run(path, last_bytes=0)
+    size = max([run.parallel.size, *(start.processes for start in run.starts)])
+    if not 0 <= rank < size:
+        ranks = f"{size} processes, of ranks 0 to {size - 1}" if size > 1 else "1 process, of rank 0"
+        raise InputError(f"--rank {rank}: {name} has {ranks}")
 
 
 def _is_over(path: Path, noted: set[str]) -> bool:

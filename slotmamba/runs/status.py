@@ -9,6 +9,7 @@ from typing import Any
 
 from slotmamba.runs.folder import RunFolder
 from slotmamba.runs.starts import FAILED, FINISHED, STOPPED, End, Start
+from slotmamba.runs.words import folded
 
 QUEUED, RUNNING, CANCELLED, DEAD, SUBMITTED, NEW = "queued", "running", "cancelled", "dead", "submitted", "new"
 STATES = (RUNNING, QUEUED, SUBMITTED, STOPPED, FINISHED, FAILED, CANCELLED, DEAD, NEW)
@@ -50,7 +51,7 @@ class Status:
 
     name: the path below the folder that was listed; why: of the state, or of the last restart; step, total: optimizer
     steps; loss: nats per token; eta: seconds to the last step; seen: seconds since 1970 of the last sign of life;
-    nodes: hosts, as Slurm writes them where it does; broken: lines of metrics.jsonl that are no records.
+    nodes: hosts, as Slurm writes them; broken: lines of metrics.jsonl that are no records.
     """
 
     name: str
@@ -96,7 +97,7 @@ def status(name: str, folder: RunFolder, job: Job | None) -> Status:
         tokens_per_second=last.get("tokens_per_second"),
         eta=_eta(folder, train, step, total) if state == RUNNING else None,
         seen=max(seen, default=None),
-        nodes=(job.nodes if job else "") or ",".join(dict.fromkeys(beat.host for beat in folder.beats)),
+        nodes=(job.nodes if job else "") or folded(beat.host for beat in folder.beats),
         restarts=restarts,
         job=job.id if job else None,
         broken=folder.metrics[1],

@@ -59,7 +59,7 @@ def test_from_queue_to_resubmission(cluster: SlurmCluster, tmp_path: Path, capsy
     finally:
         follower.kill()
     assert_logs(tmp_path, job, first, followed, said(capsys, "logs", str(tmp_path))[0])
-    starts = [rf"\n{number}      {job} .* node1,node2: 2 processes  " for number in (1, 2)]
+    starts = [rf"\n{number}      {job} .* node\[1-2\]: 2 processes  " for number in (1, 2)]
     shown = said(capsys, "show", str(tmp_path))[0]
     assert re.search(rf"{starts[0]}told to stop by SIGUSR2{starts[1]}slotmamba runs stop\n", shown), shown
     last = committed(tmp_path)[-1]
