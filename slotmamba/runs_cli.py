@@ -4,46 +4,56 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from slotmamba.errors import InputError, suggestion
+from slotmamba.errors import InputError, one_line, suggestion
 from slotmamba.outcome import DONE, INTERRUPTED
 
 if TYPE_CHECKING:
     from slotmamba.runs.status import Status
+
+T = TypeVar("T")
 
 
 def add_runs_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add `runs` and its four commands; without one of them it lists."""
     summary = "list runs, look at one, read its logs, stop it"
     runs = subparsers.add_parser("runs", help=summary, description=f"{summary.capitalize()}.")
+    _add_list_options(runs, state=[], sort=None, json=False)
     commands = runs.add_subparsers(dest="runs_command", metavar="COMMAND")
     _add_list(commands)
     _add_show(commands)
     _add_logs(commands)
     _add_stop(commands)
-    runs.set_defaults(handler=_list, folder=None, sort=None, state=[], json=False)
+    runs.set_defaults(handler=_list, folder=None)
 
 
 def _add_list(commands: argparse._SubParsersAction[Any]) -> None:
     summary = "all runs below a folder, a line each"
     parser = commands.add_parser("list", help=summary, description=f"{summary.capitalize()}.")
     parser.add_argument("folder", metavar="FOLDER", nargs="?", help="default: runs/")
-    parser.add_argument("--state", action="append", default=[], help="only runs in this state; may be repeated")
-    parser.add_argument("--sort", metavar="KEY", help="a key of the JSON output; default: name")
-    parser.add_argument("--json", action="store_true", help="an array of objects, for scripts")
+    _add_list_options(parser, *[argparse.SUPPRESS] * 3)  # or else they would undo what stands before `list`
     parser.set_defaults(handler=_list)
+
+
+def _add_list_options(
+    parser: argparse.ArgumentParser, state: list[str] | str, sort: str | None, json: bool | str
+) -> None:
+    """With these defaults."""
+    parser.add_argument("--state", action="append", default=state, help="only runs in this state; may be repeated")
+    parser.add_argument("--sort", metavar="KEY", default=sort, help="a key of the JSON output; default: name")
+    parser.add_argument("--json", action="store_true", default=json, help="an array of objects, for scripts")
 
 
 def _add_show(commands: argparse._SubParsersAction[Any]) -> None:
     summary = "one run in full, with its curves; also writes them as PNG files into the run folder"
     parser = commands.add_parser("show", help=summary, description=f"{summary.capitalize()}.")
     _add_run(parser)
-    parser.set_defaults(handler=_show)
+    parser.set_defaults(handler=partial(_one, _show))
 
 
 def _add_logs(commands: argparse._SubParsersAction[Any]) -> None:
@@ -53,7 +63,7 @@ def _add_logs(commands: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--rank", type=int, metavar="N", help="of this rank only")
     parser.add_argument("--follow", action="store_true", help="go on with new lines until the run has ended, or Ctrl-C")
     parser.add_argument("--lines", type=int, metavar="N", help="only the last N lines, and new ones")
-    parser.set_defaults(handler=_logs)
+    parser.set_defaults(handler=partial(_one, _logs))
 
 
 def _add_stop(commands: argparse._SubParsersAction[Any]) -> None:
@@ -61,7 +71,7 @@ def _add_stop(commands: argparse._SubParsersAction[Any]) -> None:
     parser = commands.add_parser("stop", help=summary, description=f"{summary.capitalize()}.")
     _add_run(parser)
     parser.add_argument("--now", action="store_true", help="cancel it, without a checkpoint and without waiting")
-    parser.set_defaults(handler=_stop)
+    parser.set_defaults(handler=partial(_one, _stop))
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +98,13 @@ def _list(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _one(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Runs a command that does not list."""
+    if args.state or args.sort or args.json:
+        raise InputError(f"--state, --sort and --json are options of `runs list`, not of `runs {args.runs_command}`")
+    return command(args)
+
+
 def _check(value: str, valid: Sequence[str], option: str) -> None:
     if value not in valid:
         raise InputError(f"{option} {value}: expected one of {', '.join(valid)}{suggestion(value, valid)}")
@@ -103,17 +120,23 @@ def _statuses(folder: str | None) -> list[Status]:
     if folder is not None and not top.is_dir():
         raise InputError(f"{folder} is not a folder")
     found = find_runs(top, lambda error: _note(_said(error))) if top.is_dir() else ()
-    runs = [open_run(path, LAST_BYTES) for path in found]
-    jobs = last_jobs(runs)
+    names = [(str(path.relative_to(top)) if path != top else path.resolve().name, path) for path in found]
+    runs = [(name, run) for name, path in names if (run := _sound(name, partial(open_run, path, LAST_BYTES)))]
+    jobs = last_jobs([run for _, run in runs])
     _note_all(jobs.problems)
-    statuses = []
-    for run in runs:
-        name = str(run.path.relative_to(top)) if run.path != top else run.path.resolve().name
-        try:
-            statuses.append(status(name, run, jobs.jobs.get(run.path)))
-        except OSError as error:
-            _note(f"{name}: {_said(error)}")
-    return statuses
+    found_out = [_sound(name, partial(status, name, run, jobs.jobs.get(run.path))) for name, run in runs]
+    return [each for each in found_out if each is not None]
+
+
+def _sound(name: str, look: Callable[[], T]) -> T | None:
+    """What `look` finds in the folder of a run; None, and a note, where that is damaged: the other runs are listed."""
+    try:
+        return look()
+    except OSError as error:
+        _note(f"{name}: {_said(error)}")
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:  # a sound line that has unsound values
+        _note(f"{name}: a file of it is damaged, and the run left out: {one_line(error)}")
+    return None
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -168,6 +191,8 @@ def _logs(args: argparse.Namespace) -> int:
     from slotmamba.runs.logs import RunLogs, follow, shown
 
     path = _one_run(args.run)
+    if args.rank is not None:
+        _check_rank(args.run, path, args.rank)
     if args.lines is not None and args.lines < 0:
         raise InputError(f"--lines {args.lines}: expected a number of lines")
     logs = RunLogs(path, args.rank)
@@ -180,6 +205,16 @@ def _logs(args: argparse.Namespace) -> int:
     elif not so_far:
         _note(f"{args.run}: nothing is logged{'' if args.rank is None else f' by rank {args.rank}'}")
     return DONE
+
+
+def _check_rank(name: str, path: Path, rank: int) -> None:
+    from slotmamba.runs_jobs import open_run
+
+    run = open_run(path, last_bytes=0)
+    size = max([run.parallel.size, *(start.processes for start in run.starts)])
+    if not 0 <= rank < size:
+        ranks = f"{size} processes, of ranks 0 to {size - 1}" if size > 1 else "1 process, of rank 0"
+        raise InputError(f"--rank {rank}: {name} has {ranks}")
 
 
 def _is_over(path: Path, noted: set[str]) -> bool:
@@ -199,14 +234,13 @@ def _is_over(path: Path, noted: set[str]) -> bool:
 def _stop(args: argparse.Namespace) -> int:
     from slotmamba.config.sweep_file import is_sweep
     from slotmamba.runs.folder import cells, find_run
-    from slotmamba.runs_stop import keep_from_starting, stop_runs
+    from slotmamba.runs_stop import stop_runs
 
     path = find_run(args.run)
-    if is_sweep(path):
-        keep_from_starting(cells(path))
-    runs = {cell.name: cell for cell in cells(path)} if is_sweep(path) else {args.run: path}
+    sweep = is_sweep(path)
+    runs = {cell.name: cell for cell in cells(path)} if sweep else {args.run: path}
     try:
-        stop_runs(runs, args.now)
+        stop_runs(runs, args.now, sweep)
     except KeyboardInterrupt:
         _note("not waiting any longer: what was told to stop still saves and ends")
         return INTERRUPTED
@@ -235,8 +269,8 @@ def _note_broken(statuses: Sequence[Status]) -> None:
         _note(f"{name}: {count} lines of metrics.jsonl are damaged and left out")
 
 
-def _said(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}"
+def _said(error: Exception) -> str:
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def _note(line: str) -> None:

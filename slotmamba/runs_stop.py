@@ -25,19 +25,28 @@ POLL_SECONDS = 0.5
 REPEAT_SECONDS = 2.0  # between signals, of which one that comes before the processes is lost, and between questions
 
 
-def stop_runs(runs: Mapping[str, Path], now: bool) -> None:
+def stop_runs(runs: Mapping[str, Path], now: bool, sweep: bool = False) -> None:
     """Stops runs, all at once, and waits until all have ended.
 
     Args:
         runs: folders by the names that are printed.
         now: cancel them, without a checkpoint and without waiting.
+        sweep: they are its cells: those are kept from starting too that have no job before their turn, as with
+            cluster=local.
 
     Raises:
-        InputError: one trains on another host without Slurm, or a command of Slurm's fails.
+        InputError: one trains on another host without Slurm, a job is suspended and so cannot save, of which nothing is
+            stopped then, or a command of Slurm's fails.
         SlotMambaError: whether there are jobs to stop is not to be found out, or a run ended without saving.
     """
     stoppings = [Stopping(name, path) for name, path in runs.items()]
     _look(stoppings)
+    if not now:
+        _refuse_suspended(stoppings)
+    if sweep:
+        for each in stoppings:
+            jobs_stop.keep_from_starting_again(each.jobs.recipes, [])
+        _look(stoppings)  # again, for those that have started before they were told not to
     stoppings = [each for each in stoppings if each.alive]
     if not stoppings:
         print("nothing to stop: no process trains there and no job waits")
@@ -52,10 +61,15 @@ def stop_runs(runs: Mapping[str, Path], now: bool) -> None:
         _wait(stoppings)
 
 
-def keep_from_starting(runs: Sequence[Path]) -> None:
-    """Tells whoever is to start runs not to: with cluster=local a cell of a sweep has no job before its turn."""
-    for path in runs:
-        jobs_stop.keep_from_starting_again(run_jobs(path).recipes, [])
+def _refuse_suspended(stoppings: Sequence[Stopping]) -> None:
+    """Processes that Slurm has suspended hear nothing, and it does not answer those who tell it to signal them."""
+    suspended = [job.id for each in stoppings for job in each.alive.jobs if job.suspended]
+    if suspended:
+        jobs = f"job {suspended[0]} is" if len(suspended) == 1 else f"jobs {', '.join(suspended)} are"
+        raise InputError(
+            f"{jobs} suspended and cannot save, so nothing was stopped: `scontrol resume {','.join(suspended)}` first, "
+            "or `slotmamba runs stop --now`, which cancels without a checkpoint"
+        )
 
 
 def _wait(stoppings: Sequence[Stopping]) -> None:
@@ -193,10 +207,11 @@ class Stopping:
         """In words, and whether all that it trained is saved."""
         run = open_run(self.path)
         newest = f"the newest checkpoint is of step {run.checkpoints[-1]}" if run.checkpoints else "no checkpoint"
-        if not self._trained and len(run.starts) == self._starts:
+        end = run.starts[-1].end if run.starts else None
+        saved = end is not None and end.kind in (STOPPED, FINISHED)
+        if not saved and not self._trained and len(run.starts) == self._starts:
             return f"ended before training began, {newest}", True
-        end = run.starts[-1].end
-        if end and end.kind in (STOPPED, FINISHED):
+        if end and saved:
             resumes = "; the same recipe, submitted or trained again, resumes" if end.kind == STOPPED else ""
             return f"{end.kind}, {newest}{resumes}", True
         return f"ended without saving{f' ({end.reason})' if end else ''}, {newest}", False

@@ -39,10 +39,13 @@ def read_sweep(folder: Path) -> SweepRecord:
         FileNotFoundError: `folder` is not that of a sweep.
     """
     path = folder / NAME
-    text = path.read_text()
+    text = path.read_bytes()
     try:
         content = json.loads(text)
-        return SweepRecord(content["name"], tuple(CellRecord(**cell) for cell in content["cells"]))
+        cells = tuple(CellRecord(**cell) for cell in content["cells"])
+        if not all(isinstance(cell.name, str) and isinstance(cell.settings, dict) for cell in cells):
+            raise TypeError("cells have a name and settings")
+        return SweepRecord(content["name"], cells)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: expected what `slotmamba submit` wrote: {error}") from None
 

@@ -11,6 +11,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
+from slotmamba.notes import note_once
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,9 +63,22 @@ class Heartbeat:
 
 
 def read_beats(logs: Path, size: int) -> list[Beat]:
-    """The last beat of each of `size` ranks that has made one, in the order of ranks."""
+    """The last beat of each of `size` ranks that has made one, in the order of ranks. Damaged ones are left out, and a
+    note says so."""
     paths = [logs / f"heartbeat-{rank:05d}.json" for rank in range(size)]
-    return [Beat(**json.loads(path.read_bytes())) for path in paths if path.is_file()]
+    beats = [_read(path) for path in paths if path.is_file()]
+    return [beat for beat in beats if beat is not None]
+
+
+_BEAT = TypeAdapter(Beat)
+
+
+def _read(path: Path) -> Beat | None:
+    try:
+        return _BEAT.validate_json(path.read_bytes())
+    except ValueError:
+        note_once(f"{path} is damaged and left out")
+        return None
 
 
 def who_is_behind(beats: list[Beat], collectives: Mapping[int, int | None], size: int) -> str:

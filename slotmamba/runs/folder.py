@@ -20,6 +20,7 @@ from slotmamba.config.sweep_file import is_sweep, read_sweep
 from slotmamba.errors import InputError, suggestion
 from slotmamba.faults.heartbeat import Beat, read_beats
 from slotmamba.metrics import readable_metrics
+from slotmamba.notes import note_once
 from slotmamba.runs.starts import Start, merged, read_starts
 
 DEFAULT_FOLDER = Path("runs")
@@ -27,22 +28,25 @@ OWN_FOLDERS = {"slurm", "logs", "checkpoints", "plots", "wandb"}
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, and ten times faster, where it is built in
 
 
-def find_runs(folder: Path, unreadable: Callable[[OSError], object]) -> Iterator[Path]:
+def find_runs(folder: Path, unreadable: Callable[[Exception], object]) -> Iterator[Path]:
     """The run folders at and below `folder`, in the order of their names; those of cells of a sweep, which may not
-    have been made yet, in that of the sweep. `unreadable` is told of folders that cannot be looked into.
-
-    Raises:
-        InputError: the file of a sweep is damaged.
+    have been made yet, in that of the sweep, or as other runs if its file is damaged. `unreadable` is told of folders
+    that cannot be looked into, by OSError, and of such files, by InputError.
     """
     for parent, folders, _ in os.walk(folder, onerror=unreadable):
         path = Path(parent)
-        if is_sweep(path):
-            yield from cells(path)
-            folders.clear()
-        run = is_run(path)
-        if run:
+        sweep = is_sweep(path)
+        run = not sweep and is_run(path)
+        if sweep:
+            try:
+                yield from cells(path)
+                folders.clear()
+            except (InputError, OSError) as error:
+                unreadable(error)
+        elif run:
             yield path
-        folders[:] = sorted(name for name in folders if not (name.startswith(".") or (run and name in OWN_FOLDERS)))
+        own = OWN_FOLDERS if run or sweep else set()
+        folders[:] = sorted(name for name in folders if not (name.startswith(".") or name in own))
 
 
 def cells(sweep: Path) -> list[Path]:
@@ -66,6 +70,8 @@ def find_run(name: str) -> Path:
     Raises:
         InputError: it is not there.
     """
+    if not name:
+        raise InputError("the name of the run is empty: expected a run folder, or the name of one below runs/")
     for path in (Path(name), DEFAULT_FOLDER / name):
         if is_run(path) or is_sweep(path):
             return path
@@ -78,6 +84,18 @@ def find_run(name: str) -> Path:
 def _submissions(path: Path) -> list[Path]:
     """Their recipes, oldest first."""
     return sorted((path / "slurm").glob("submission-*/recipe.yaml"))
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """Of a YAML file, which JSON is too; a damaged one is empty, and a note says so."""
+    try:
+        content = yaml.load(path.read_bytes(), _Loader)
+    except (yaml.YAMLError, ValueError):  # the latter of a date that is none
+        content = None
+    if isinstance(content, dict):
+        return content
+    note_once(f"{path} is damaged and left out")
+    return {}
 
 
 @dataclass(frozen=True)
@@ -93,12 +111,18 @@ class RunFolder:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """Of the last start or else the last submission, as it was saved; empty where there is none."""
+        """Of the last start or else the last submission, as it was saved; empty where there is none, or a damaged one,
+        of which a note tells."""
         for path in (self.path / "recipe.yaml", *reversed(_submissions(self.path))):
             if path.is_file():
-                content = yaml.load(path.read_bytes(), _Loader)
-                return content if isinstance(content, dict) else {}
+                return _mapping(path)
         return {}
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Of the last start; empty as for the recipe."""
+        path = self.path / "environment.json"
+        return _mapping(path) if path.is_file() else {}
 
     @cached_property
     def train(self) -> TrainConfig | None:

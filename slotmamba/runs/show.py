@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from slotmamba.runs.folder import RunFolder
 from slotmamba.runs.starts import Start
 from slotmamba.runs.status import RUNNING, Status, end_of
 from slotmamba.runs.terminal_plot import Point, plot
-from slotmamba.runs.words import duration, number
+from slotmamba.runs.words import duration, folded, number
 from slotmamba.tables import table
 
 _FACT_WIDTH = 12
@@ -69,13 +68,8 @@ def _validation(folder: RunFolder) -> str:
     return ", ".join(parts)
 
 
-def _environment(folder: RunFolder) -> dict[str, Any]:
-    path = folder.path / "environment.json"
-    return json.loads(path.read_bytes()) if path.exists() else {}
-
-
 def _code(folder: RunFolder) -> str:
-    environment = _environment(folder)
+    environment = folder.environment
     if not environment:
         return ""
     git = environment.get("git")
@@ -84,7 +78,7 @@ def _code(folder: RunFolder) -> str:
 
 
 def _hardware(folder: RunFolder) -> str:
-    environment = _environment(folder)
+    environment = folder.environment
     if not environment:
         return ""
     gpus = [gpu["name"] for gpu in environment.get("gpus", [])]
@@ -97,7 +91,7 @@ def starts_table(starts: Sequence[Start], running: bool) -> str:
     rows = []
     for count, start in enumerate(starts, start=1):
         last = running and count == len(starts)
-        where = f"{','.join(start.nodes)}: {start.processes} process{'es' if start.processes > 1 else ''}"
+        where = f"{folded(start.nodes)}: {start.processes} process{'es' if start.processes > 1 else ''}"
         begins = "-" if start.step is None else str(start.step)
         ended = "running" if last and start.end is None else end_of(start)
         rows.append(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from slotmamba.runs.folder import RunFolder
-from slotmamba.runs.starts import FAILED, FINISHED, STOPPED, Start
+from slotmamba.runs.starts import FAILED, FINISHED, STOPPED, End, Start
+from slotmamba.runs.words import folded
 
 QUEUED, RUNNING, CANCELLED, DEAD, SUBMITTED, NEW = "queued", "running", "cancelled", "dead", "submitted", "new"
 STATES = (RUNNING, QUEUED, SUBMITTED, STOPPED, FINISHED, FAILED, CANCELLED, DEAD, NEW)
@@ -39,6 +40,10 @@ class Job:
     def runs(self) -> bool:
         return self.state in ("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT")
 
+    @property
+    def suspended(self) -> bool:
+        return self.state in ("SUSPENDED", "STOPPED")
+
 
 @dataclass(frozen=True)
 class Status:
@@ -46,7 +51,7 @@ class Status:
 
     name: the path below the folder that was listed; why: of the state, or of the last restart; step, total: optimizer
     steps; loss: nats per token; eta: seconds to the last step; seen: seconds since 1970 of the last sign of life;
-    nodes: hosts, as Slurm writes them where it does; broken: lines of metrics.jsonl that are no records.
+    nodes: hosts, as Slurm writes them; broken: lines of metrics.jsonl that are no records.
     """
 
     name: str
@@ -92,7 +97,7 @@ def status(name: str, folder: RunFolder, job: Job | None) -> Status:
         tokens_per_second=last.get("tokens_per_second"),
         eta=_eta(folder, train, step, total) if state == RUNNING else None,
         seen=max(seen, default=None),
-        nodes=(job.nodes if job else "") or ",".join(dict.fromkeys(beat.host for beat in folder.beats)),
+        nodes=(job.nodes if job else "") or folded(beat.host for beat in folder.beats),
         restarts=restarts,
         job=job.id if job else None,
         broken=folder.metrics[1],
@@ -111,17 +116,23 @@ def _state(folder: RunFolder, job: Job | None) -> tuple[str, str]:
         return QUEUED, job.reason
     if (job and job.runs) or folder.locked:
         return RUNNING, ""
+    if last and last.end and job and job.state.startswith("CANCELLED"):  # the next one of a chain, say: nothing is lost
+        return _ended(last.end)
     if job and job.state != "COMPLETED" and (last is None or (job.began or 0.0) > last.time):
         return _ended_by_slurm(job, "before training began")
     if last is None:
         return (SUBMITTED, "no job of it is known any more") if folder.submitted else (NEW, "")
     if last.end:
-        return last.end.kind, "" if last.end.kind == FINISHED else last.end.reason
+        return _ended(last.end)
     if _alive_elsewhere(folder, time.time()):
         return RUNNING, ""
     if job and job.state != "COMPLETED":
         return _ended_by_slurm(job, "without a checkpoint at the end")
     return DEAD, WITHOUT_A_WORD
+
+
+def _ended(end: End) -> tuple[str, str]:
+    return end.kind, "" if end.kind == FINISHED else end.reason
 
 
 def _ended_by_slurm(job: Job, when: str) -> tuple[str, str]:

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from slotmamba_slurm.records import append_record, take_records
 
 WITHOUT_A_WORD = "its processes died without a word, e.g. with their node"
 NODE_FAILURE = "node failure"
@@ -55,6 +61,16 @@ class Start:
     """Nodes that the job was told after it to keep away from."""
 
 
+@dataclass(frozen=True)
+class _Key:
+    event: str
+    job: str
+    restart: int
+
+
+_START, _KEY = TypeAdapter(Start), TypeAdapter(_Key)
+
+
 def history_file(run_dir: Path) -> Path:
     return run_dir / "slurm" / "history.jsonl"
 
@@ -62,15 +78,22 @@ def history_file(run_dir: Path) -> Path:
 def read_history(run_dir: Path) -> list[Start]:
     """All starts of the run's jobs, the first one first; none where it was never submitted.
 
-    Lines that are no JSON are left out: writing one was cut short.
+    Damaged lines are left out, such as one of which writing was cut short, and those of starts whose own is; a note
+    says so.
     """
     starts: dict[tuple[str, int], Start] = {}
-    for record in _records(history_file(run_dir)):
-        event, key = record.pop("event"), (record["job"], record["restart"])
-        if event == "start":
-            starts[key] = Start(**_with_tuples(record))
-        elif key in starts:  # else the line of the start was cut short
-            starts[key] = replace(starts[key], **_with_tuples(record))
+
+    def take(line: bytes) -> None:
+        record = json.loads(line)
+        key = _KEY.validate_python(record)
+        own = (key.job, key.restart)
+        if key.event != "start":
+            if own not in starts:
+                raise ValueError("the line of its start is damaged")
+            record = asdict(starts[own]) | record
+        starts[own] = _START.validate_python(record)
+
+    take_records(history_file(run_dir), take)
     found = list(starts.values())
     return [
         replace(start, reason=WITHOUT_A_WORD) if start.ended is None and start.reason is None else start
@@ -80,14 +103,29 @@ def read_history(run_dir: Path) -> list[Start]:
 
 def newest_checkpoint(run_dir: Path) -> int | None:
     """The step of the newest checkpoint that is committed, which is what a start resumes from."""
-    steps = [int(path.parent.name[5:]) for path in (run_dir / "checkpoints").glob("step-*[0-9]/manifest.json")]
-    return max(steps, default=None)
+    manifests = (run_dir / "checkpoints").glob("step-*/manifest.json")
+    names = [re.fullmatch(r"step-([0-9]+)", path.parent.name) for path in manifests]
+    return max((int(name[1]) for name in names if name), default=None)
 
 
 def last_step(run_dir: Path) -> int | None:
     """The step of the last record in metrics.jsonl."""
-    steps = [record["step"] for record in _records(run_dir / "metrics.jsonl", last_bytes=65536)]
+    steps = []
+    for line in _last_lines(run_dir / "metrics.jsonl", 65536):
+        with suppress(ValueError):  # one that is torn, or damaged
+            record = json.loads(line)
+            steps += [record["step"]] if isinstance(record, dict) and isinstance(record.get("step"), int) else []
     return steps[-1] if steps else None
+
+
+def _last_lines(path: Path, last_bytes: int) -> list[bytes]:
+    """Of the last bytes of a file, if there is one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - last_bytes))
+            return file.read().splitlines()
+    except FileNotFoundError:
+        return []
 
 
 class History:
@@ -148,38 +186,4 @@ class History:
 
     def _append(self, event: str, **values: Any) -> None:
         """Raises OSError; otherwise the line has reached the disk."""
-        path = history_file(self.run_dir)
-        line = json.dumps({"event": event, **self._key, **values}) + "\n"
-        with path.open("a+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            if end:
-                file.seek(end - 1)
-                if file.read() != b"\n":  # writing the last line was cut short
-                    line = "\n" + line
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _records(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
-    """The JSON objects of a file, or of its last bytes; lines that are none are left out."""
-    try:
-        with path.open("rb") as file:
-            if last_bytes is not None:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - last_bytes))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
-
-
-def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        append_record(history_file(self.run_dir), {"event": event, **self._key, **values})

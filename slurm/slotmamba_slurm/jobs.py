@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from pydantic import TypeAdapter
+
+from slotmamba_slurm.records import append_record, take_records
 
 
 @dataclass(frozen=True)
@@ -20,19 +24,28 @@ class SubmittedJob:
     """Seconds since 1970."""
 
 
+_JOB = TypeAdapter(SubmittedJob)
+_NUMBERS = {"slurm": r"[0-9]+(_[0-9]+)?", "local": r"[0-9]+"}
+
+
 def note_job(run_dir: Path, job: str, cluster: Literal["slurm", "local"], submission: str) -> None:
     """Appends a job that has just been submitted."""
-    with _file(run_dir).open("a") as file:
-        file.write(json.dumps(asdict(SubmittedJob(job, cluster, submission, time.time()))) + "\n")
+    append_record(_file(run_dir), asdict(SubmittedJob(job, cluster, submission, time.time())))
 
 
 def submitted_jobs(run_dir: Path) -> list[SubmittedJob]:
-    """All jobs of a run, whether they wait, run or have ended; none where it was never submitted."""
-    try:
-        lines = _file(run_dir).read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    return [SubmittedJob(**json.loads(line)) for line in lines]
+    """All jobs of a run, whether they wait, run or have ended; none where it was never submitted. A note says if lines
+    are damaged, which are left out."""
+    jobs: list[SubmittedJob] = []
+
+    def take(line: bytes) -> None:
+        job = _JOB.validate_json(line)
+        if not re.fullmatch(_NUMBERS[job.cluster], job.job):
+            raise ValueError(f"{job.job!r} is no job")
+        jobs.append(job)
+
+    take_records(_file(run_dir), take)
+    return jobs
 
 
 def rest_of_chain(run_dir: Path, job: str) -> list[str]:

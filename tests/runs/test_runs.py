@@ -86,6 +86,17 @@ def test_by_name(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (runs / "runs").unlink()
     assert fails(capsys, ["runs", "show", "group"], code=2).startswith("group: nothing has trained in this folder")
     assert fails(capsys, ["runs", "list", "nowhere"], code=2) == "nowhere is not a folder"
+    assert fails(capsys, ["runs", "show", ""], code=2).startswith("the name of the run is empty")
+
+
+def test_without_the_word_list(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(runs.parent)
+    monkeypatch.setattr("slotmamba.runs.folder.DEFAULT_FOLDER", runs)
+    for options in (["--json"], ["--json", "--sort", "step"], ["--json", "--state", "failed", "--state", "stopped"]):
+        assert said(capsys, *options) == said(capsys, "list", *options) == said(capsys, *options, "list")
+    assert [run["name"] for run in json.loads(said(capsys, *options)[0])] == ["failed", "group/stopped"]
+    message = fails(capsys, ["runs", "--json", "show", str(runs / "failed")], code=2)
+    assert message == "--state, --sort and --json are options of `runs list`, not of `runs show`"
 
 
 def test_show(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +149,10 @@ def test_logs(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert said(capsys, "logs", run, "--lines", "3", "--rank", "0")[0].splitlines() == [line[4:] for line in lines[-3:]]
     assert said(capsys, "logs", run, "--lines", "0")[0] == ""
-    assert said(capsys, "logs", run, "--rank", "1") == ("", f"note: {run}: nothing is logged by rank 1\n")
+    for rank in ("-1", "1", "99999999999999999999"):
+        assert fails(capsys, ["runs", "logs", run, "--rank", rank], code=2) == (
+            f"--rank {rank}: {run} has 1 process, of rank 0"
+        )
     assert said(capsys, "logs", run, "--follow", "--lines", "1")[0] == lines[-1] + "\n"
 
 

@@ -62,7 +62,7 @@ def test_from_queue_to_resubmission(cluster: SlurmCluster, tmp_path: Path, capsy
     finally:
         follower.kill()
     assert_logs(tmp_path, job, first, followed, said(capsys, "logs", str(tmp_path))[0])
-    starts = [rf"\n{number}      {job} .* node1,node2: 2 processes  " for number in (1, 2)]
+    starts = [rf"\n{number}      {job} .* node\[1-2\]: 2 processes  " for number in (1, 2)]
     shown = said(capsys, "show", str(tmp_path))[0]
     assert re.search(rf"{starts[0]}told to stop by SIGUSR2{starts[1]}slotmamba runs stop\n", shown), shown
     last = committed(tmp_path)[-1]
@@ -188,3 +188,42 @@ def test_a_job_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["submit", *arguments(tmp_path, "cluster=local", f"train.steps={saved + 2}")]) == 0
     (run,) = listed(capsys, tmp_path).values()
     assert (run["state"], run["step"], run["restarts"]) == ("finished", saved + 2, 1)
+
+
+def test_a_suspended_job(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is left as it is, or cancelled."""
+    job = submitted(cluster, tmp_path, LONG)
+    until(lambda: step(tmp_path) >= 1)
+    cluster.run("scontrol", "suspend", job)
+    capsys.readouterr()
+    assert main(["runs", "stop", str(tmp_path)]) == 2
+    said_of_it = (
+        f"error: job {job} is suspended and cannot save, so nothing was stopped: `scontrol resume {job}` first, "
+    )
+    err = capsys.readouterr().err
+    assert err.startswith(said_of_it) and err.count("\n") == 1
+    assert cluster.job(job)["Requeue"] == "1" and not list(tmp_path.glob("slurm/submission-*/*.stop"))
+    assert said(capsys, "stop", str(tmp_path), "--now")[0] == f"{tmp_path}: cancelling job {job} (SUSPENDED)\n"
+    assert cluster.wait_for_job(job)["JobState"] == "CANCELLED"
+
+
+def test_what_was_saved_before_its_job_was_cancelled(
+    cluster: SlurmCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next job of a chain, and one that is held after it was queued again: the run is stopped, and resumes."""
+    chain, held = tmp_path / "chain", tmp_path / "held"
+    first = submitted(cluster, chain, LONG, "slurm.chain=2", "slurm.requeue=false")
+    until(lambda: step(chain) >= 1)
+    out = said(capsys, "stop", str(chain))[0]
+    assert f"stopping job {first} (RUNNING), job {int(first) + 1} (PENDING)\n" in out
+    assert f"{chain}: stopped, " in out
+    job = submitted(cluster, held, LONG)
+    until(lambda: step(held) >= 1)
+    cluster.run("scontrol", "requeuehold", job)
+    cluster.wait_for_job(job, ("REQUEUE_HOLD", "PENDING"), seconds=60)
+    assert f"{held}: stopped, the newest checkpoint is of step " in said(capsys, "stop", str(held))[0]
+    cluster.wait_for_job(job, ("CANCELLED",))
+    assert {name: run["state"] for name, run in listed(capsys, tmp_path).items()} == {
+        "chain": "stopped",
+        "held": "stopped",
+    }
