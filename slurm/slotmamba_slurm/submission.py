@@ -53,14 +53,18 @@ def check_folder(recipe: Recipe) -> None:
     """
     Raises:
         InputError: it is a run and its folder that of a sweep, or the other way round: `slotmamba runs` would not
-            show one of them.
+            show one of them; or it may not be looked into.
     """
     folder = recipe.run_path
-    if recipe.sweep is None and is_sweep(folder):
+    try:
+        sweep, run = is_sweep(folder), is_run(folder)
+    except PermissionError as error:
+        raise InputError(f"{job_folder(recipe)}: {error.strerror}: nothing is submitted") from None
+    if recipe.sweep is None and sweep:
         raise InputError(
             f"{folder} is the folder of a sweep, whose runs are below it: set another run_dir for this run"
         )
-    if recipe.sweep is not None and is_run(folder):
+    if recipe.sweep is not None and run:
         raise InputError(f"{folder} is the folder of a run: set another run_dir for this sweep")
 
 
@@ -124,6 +128,8 @@ def _new_folder(jobs: Path) -> Path:
             folder.mkdir(parents=True)  # another submission that fails may take those above away again
             return folder
         except FileExistsError:
+            if not os.path.lexists(folder):  # it is one above, which is no folder
+                raise
             number += 1
 
 

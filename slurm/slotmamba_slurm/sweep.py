@@ -189,8 +189,8 @@ def _link_files(job: Job[None], folder: Path, written: list[Path]) -> None:
         paths.stdout.touch()  # a job that waits has no output yet, and one that runs adds to it
         files |= {path.name: path for path in (paths.stdout, paths.result_pickle)}
     for name, path in files.items():
-        written.append(folder / name)
         (folder / name).symlink_to(os.path.relpath(path, folder))
+        written.append(folder / name)
 
 
 def _say_submitted(sweep: Sweep, left_out: dict[str, list[Cell]], arrays: list[list[Job[None]]]) -> None:

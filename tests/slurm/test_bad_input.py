@@ -121,11 +121,12 @@ def test_a_full_spool(cluster: SlurmCluster, tmp_path: Path, capsys: pytest.Capt
     assert_nothing_left(cluster, tmp_path / "run")
 
 
-@pytest.mark.parametrize("after", [0, 1, 4])
-def test_interrupted(after: int, cluster: SlurmCluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sweep", [[], ["sweep.seed=[1,2,3]"]])
+@pytest.mark.parametrize("after", [0, 4])
+def test_interrupted(after: int, sweep: list[str], cluster: SlurmCluster, tmp_path: Path) -> None:
     """Ctrl-C when some jobs of a chain are in the queue: none of them stays there, nor any file."""
     run_dir = tmp_path / "run"
-    process = cli("submit", *arguments(run_dir, "slurm.requeue=false", "slurm.chain=60"))
+    process = cli("submit", *arguments(run_dir, "slurm.requeue=false", "slurm.chain=60", *sweep))
     with ended_with_the_test(process):
         until(lambda: len(list(run_dir.glob("slurm/*_submitted.pkl" if after else "slurm/submission-*"))) >= after + 1)
         os.killpg(process.pid, signal.SIGINT)
