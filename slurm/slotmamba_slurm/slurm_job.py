@@ -18,7 +18,15 @@ SECONDS = 60  # that a command may take
 CLOCKS = 2  # seconds that those of two nodes differ at most
 PATIENCE = 600  # seconds in which `insist` asks again
 PAUSE = 5.0  # seconds between two of its questions
-REFUSALS = ("Invalid job id", "ccess/permission denied", "Requested operation is presently disabled")
+REFUSALS = (
+    "Invalid job id",
+    "ccess/permission denied",
+    "presently disabled",
+    "not supported",
+    "already complet",
+    "already finished",
+    "no longer pending",
+)
 
 
 class SlurmError(RuntimeError):

@@ -108,8 +108,8 @@ def _lead(place: Place, job: TrainJob, child: Child) -> int:
 
 
 def _train(place: Place, job: TrainJob, child: Child) -> int:
-    # torchrun hands SIGTERM on to the processes that it has started, which it would leave behind if it were killed.
-    last = signal.SIGTERM if job.torchrun else signal.SIGKILL
+    # torchrun would leave the processes behind that it has started: ours looks for itself whether the task is there.
+    last = signal.SIGCONT if job.torchrun else signal.SIGKILL
     return child.run(place.command(job), place.environment(job), last)
 
 

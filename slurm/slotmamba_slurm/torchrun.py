@@ -45,7 +45,12 @@ def _tell(stops: _Stops) -> None:
     """Once it is asked to stop, sends each child SIGUSR2 as soon as that has a handler for it. Once only: a second one,
     that came when the child has saved and is about to end, would kill it."""
     told: set[int] = set()
+    task = os.getppid()
     while True:
+        if os.getppid() != task:  # it was killed: saving now would look to the others as if training had finished
+            for child in _children():
+                os.kill(child, signal.SIGKILL)
+            os._exit(1)
         for child in _children() if stops.asked else ():
             if child not in told and _catches(child, signal.SIGUSR2):
                 told.add(child)

@@ -88,3 +88,13 @@ def test_only_committed_checkpoints_count(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000030.tmp").mkdir()
     (tmp_path / "checkpoints" / "step-00000030.tmp" / "manifest.json").touch()
     assert newest_checkpoint(tmp_path) == 10
+
+
+def test_another_job_has_started_since(run_dir: Path) -> None:
+    first, second = History(run_dir, "7", 0), History(run_dir, "8", 0)
+    first.started("submission-001", ["node1"], processes=1)
+    second.started("submission-002", ["node2"], processes=1)
+    first.ended("stopped", 0, None, signal="SIGTERM")
+    (own,) = first.until_own()
+    assert (own.job, own.ended, own.reason) == ("7", "stopped", None)
+    assert [start.job for start in second.until_own()] == ["7", "8"]
