@@ -223,7 +223,7 @@ def test_a_job_that_slurm_calls_running_still(tmp_path: Path, monkeypatch: pytes
 
 def test_a_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text("{}")
-    with pytest.raises(InputError, match=r"sweep\.json: expected what `slotmamba submit` wrote: 'name'$"):
+    with pytest.raises(InputError, match=r"sweep\.json: expected what `slotmamba submit` wrote: 'cells'$"):
         sweep_results(tmp_path)
 
 

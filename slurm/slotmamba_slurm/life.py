@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slotmamba import run_lock
+from slotmamba.run_lock import is_held
 from slotmamba_slurm.history import LOCKED_OUT, NODE_FAILURE, History, Start, newest_checkpoint, read_history
 from slotmamba_slurm.job import TrainJob
 from slotmamba_slurm.places import Place
@@ -79,7 +79,7 @@ class Life(ABC):
             self.history.ended("finished", code, "finished")
             self.end_chain()
             return 0
-        if code == BAD_INPUT and run_lock.is_held(self.job.run_dir):  # by others: our own processes have ended
+        if code == BAD_INPUT and is_held(self.job.run_dir):  # by others: our own processes have ended
             self.history.ended("stopped", code, LOCKED_OUT)
             self.end_chain()
             raise TrainingFailed(f"{LOCKED_OUT}: job {self.place.job_id} is not queued again")

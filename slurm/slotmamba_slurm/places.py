@@ -18,6 +18,11 @@ FIRST_PORT, PORTS = 20_000, 10_000
 OF_A_WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+def of_a_world(name: str) -> bool:
+    """Whether processes find their world by the variable: that of the shell that submitted is not the job's."""
+    return name in OF_A_WORLD or name.startswith("TORCHELASTIC_")
+
+
 class Place(JobEnvironment):
     """submitit's description of a task, and what it lacks."""
 
@@ -38,11 +43,6 @@ class Place(JobEnvironment):
     def command(self, job: TrainJob) -> list[str]:
         """What the task runs."""
         return [sys.executable, "-u", *job.training]
-
-    def environment(self, job: TrainJob) -> dict[str, str]:
-        """That of what it runs: that of the task, without what the shell that submitted said of a world of its own."""
-        stays = (name for name in os.environ if not (name in OF_A_WORLD or name.startswith("TORCHELASTIC_")))
-        return {name: os.environ[name] for name in stays} | self.variables(job)
 
     def variables(self, job: TrainJob) -> dict[str, str]:
         """What `slotmamba train` needs to know beside its recipe."""

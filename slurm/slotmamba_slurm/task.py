@@ -24,7 +24,7 @@ from submitit.core.utils import DelayedSubmission, cloudpickle_dump, temporary_s
 from slotmamba_slurm.job import TrainJob
 from slotmamba_slurm.life import INTERRUPTED, Stop, TrainingFailed
 from slotmamba_slurm.lives import life_of
-from slotmamba_slurm.places import LocalPlace, Place, SlurmPlace
+from slotmamba_slurm.places import LocalPlace, Place, SlurmPlace, of_a_world
 from slotmamba_slurm.sweep_hook import write_sweep_results
 from slotmamba_slurm.timed_output import TimedLines
 
@@ -110,7 +110,12 @@ def _lead(place: Place, job: TrainJob, child: Child) -> int:
 def _train(place: Place, job: TrainJob, child: Child) -> int:
     # torchrun would leave the processes behind that it has started: ours looks for itself whether the task is there.
     last = signal.SIGCONT if job.torchrun else signal.SIGKILL
-    return child.run(place.command(job), place.environment(job), last)
+    own = place.variables(job)
+    return child.run(
+        place.command(job),
+        env={name: value for name, value in os.environ.items() if not of_a_world(name)} | own,
+        last=last,
+    )
 
 
 def _end_with(task: int, last: signal.Signals) -> None:

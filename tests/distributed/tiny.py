@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from slotmamba.batch import plan_source
@@ -58,8 +59,10 @@ def zero(stage: int, shard: int) -> list[str]:
 
 def tiny(folder: Path, overrides: list[str]) -> Recipe:
     file = folder / "tiny.yaml"
-    if not file.exists():
-        file.write_text(RECIPE)
+    if not file.exists():  # every process of a world may be the first: none may read what another has half written
+        own = folder / f"tiny.yaml.{os.getpid()}"
+        own.write_text(RECIPE)
+        own.replace(file)
     return load_recipe(file, overrides)
 
 

@@ -88,10 +88,13 @@ def threaded_case(
     length = segments * segment_len + rest * -(-segment_len // 2)
     case = random_case(length=length, dtype=torch.float32, **options)
     tensors = {name: x.to(activations) if name in ACTIVATIONS else x for name, x in case.tensors.items()}
+    # S/z of the size that writes leave, here and below: in half precision larger ones cost digits of what is read.
+    tensors |= {name: tensors[name] * tensors["z"][..., None] for name in ("S_k", "S_v") if name in tensors}
     batch, _, heads, dim = tensors["q"].shape
     if gated:
         scores = (batch, segments + rest, heads, case.num_slots)
-        below = (torch.randn(*scores, dim), torch.randn(*scores, dim), torch.rand(scores) + 0.1, torch.rand(scores))
+        z = torch.rand(scores) + 0.1
+        below = (*(torch.randn(*scores, dim) * z[..., None] for _ in range(2)), z, torch.rand(scores))
         tensors |= dict(zip(BELOW, below, strict=True)) | {"bias": torch.randn(heads), "slope": torch.randn(heads) / 4}
     doc_start = random_documents(batch, length) if documents else None
     moved = to_device(Case(tensors, case.num_slots, doc_start))

@@ -12,10 +12,13 @@ from tests.seeds import seed_afresh
 
 STEPS = 3
 ROWS = 8  # enough for a slot to be met in all three segments
+# Not those that only spread another one over processes. Models too large for a test are narrowed: nothing depends on it.
+RECIPES = [name for name in installed_recipes() if load_recipe(name).parallel.size == 1]
+WIDEST = 256
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", installed_recipes())
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_parameter_has_a_gradient_within_three_steps(name: str) -> None:
     """On random tokens, over three segments, which the recipe's rows have to have as well: the lowest layer's surprise,
     measured in the first, is mixed into that of the layer above for the second, which opens its gate to the third.
@@ -25,7 +28,10 @@ def test_every_parameter_has_a_gradient_within_three_steps(name: str) -> None:
     slots = recipe.model.slots
     assert recipe.data.seq_len > 2 * slots.segment_len
     segment = min(slots.segment_len, 16)
-    config = recipe.model.model_copy(update={"slots": slots.model_copy(update={"segment_len": segment})})
+    update: dict[str, object] = {"slots": slots.model_copy(update={"segment_len": segment})}
+    if recipe.model.d_model > WIDEST:
+        update |= {"d_model": WIDEST, "n_heads": 2, "vocab_size": min(recipe.model.vocab_size, 1024)}
+    config = recipe.model.model_copy(update=update)
     length = 3 * segment
     model = build_model(config)
     optimizer = build_optimizer(model, recipe.optim)
