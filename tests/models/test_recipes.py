@@ -12,7 +12,7 @@ from tests.seeds import seed_afresh
 
 STEPS = 3
 ROWS = 8  # enough for a slot to be met in all three segments
-# Not those that only spread another one over processes. Models too large for a test are narrowed: nothing depends on it.
+# Not those that only spread another one over processes. Large models are narrowed: nothing here depends on the width.
 RECIPES = [name for name in installed_recipes() if load_recipe(name).parallel.size == 1]
 WIDEST = 256
 
